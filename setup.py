@@ -1,0 +1,19 @@
+"""Packaging of detr_family. The version and the ranges of what it needs stand here and nowhere else."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="detr_family",
+    version="0.1.0",
+    description="DETR, Conditional DETR, DAB-DETR, DN-DETR and DINO as ordinary Detectron2 meta-architectures",
+    license="Apache-2.0",
+    packages=find_packages(include=["detr_family", "detr_family.*"]),
+    python_requires=">=3.10",
+    # Detectron2 is needed too; it is not on PyPI under its name (see README.md).
+    install_requires=["torch>=2.10", "torchvision>=0.25", "scipy>=1.10", "pycocotools>=2.0.7", "matplotlib>=3.7"],
+    extras_require={
+        "test": ["pytest>=8", "pytest-xdist>=3"],
+        "parity": ["transformers>=4.40"],
+        "lint": ["ruff>=0.6", "mypy>=1.10"],
+    },
+)
