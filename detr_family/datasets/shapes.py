@@ -116,8 +116,8 @@ def draw_shapes(rng: np.random.Generator, size: tuple[int, int]) -> tuple[Image.
         left, top, right, bottom = (
             math.floor(box[0]),
             math.floor(box[1]),
-            math.ceil(box[0] + box[2]),
-            math.ceil(box[1] + box[3]),
+            min(math.ceil(box[0] + box[2]), width),
+            min(math.ceil(box[1] + box[3]), height),
         )
         mask = _mask(outline - (left, top), right - left, bottom - top)
         shade = colour + rng.uniform(-30, 30, 3) * np.linspace(-1, 1, bottom - top)[:, None, None]
