@@ -1,0 +1,259 @@
+"""Loading weights: the five papers' released files as they are, ImageNet backbones, and one's own checkpoints.
+
+A file is told by its names. Released detectors keep torchvision's ResNet under `backbone.0.body` and one row per
+COCO category id (1..90 with holes); here the ResNet is Detectron2's and classes are contiguous.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import pickle
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.utils.file_io import PathHandler, PathManager
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+
+COCO_IDS = [c["id"] for c in COCO_CATEGORIES if c["isthing"]]  # of the contiguous classes 0..79
+
+# What stands in for a class in some tensor's first dimension.
+_CLASS_ROWS = re.compile(r"(^|\.)(class_embed|label_enc)\.")
+
+_RELEASE_BACKBONE = "backbone.0.body."
+_RESNET_NAMES = (
+    (r"^(conv1|bn1)\.", r"stem.\1."),
+    (r"^layer(\d)\.", lambda m: f"res{int(m[1]) + 1}."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+)
+
+
+def resnet_name(name: str) -> str:
+    """Detectron2's name of a parameter of torchvision's ResNet: `layer1.0.bn2.bias` -> `res2.0.conv2.norm.bias`."""
+    for pattern, replacement in _RESNET_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def released_name(name: str) -> str:
+    """The name here of a parameter of a paper's release; after the backbone they are the same."""
+    if name.startswith(_RELEASE_BACKBONE):
+        return "backbone." + resnet_name(name[len(_RELEASE_BACKBONE) :])
+    # The releases join backbone and spatial encoding: the latter is number 1.
+    return re.sub(r"^backbone\.1\.", "position_encoding.", name)
+
+
+def convert_released(state: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
+    """A paper's released state dict under the names here.
+
+    With 80 classes the rows of the 80 COCO categories are picked from the releases' 91; where there is a 92nd
+    row (no-object of DETR, the unknown label of the denoising detectors) it is kept, last.
+    """
+    converted = {}
+    for name, tensor in state.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if _CLASS_ROWS.search(name) and num_classes == len(COCO_IDS) and len(tensor) in (91, 92):
+            tensor = tensor[COCO_IDS + list(range(91, len(tensor)))]
+        converted[released_name(name)] = tensor
+    return converted
+
+
+class DETRCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer that also loads the five papers' releases and refuses what does not fit.
+
+    Files are unpickled with `weights_only`; of other classes, releases may hold an `argparse.Namespace`.
+
+    Args:
+        model: the detector, wrapped for several processes or not.
+        save_dir: where `save` writes.
+        strict: a detector's checkpoint must fill the model exactly; with False what differs is only logged.
+        class_names: names of the model's classes, kept in every checkpoint under `class_names`.
+        save_to_disk: as in Detectron2.
+        checkpointables: what else is saved and resumed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        strict: bool = True,
+        class_names: Sequence[str] | None = None,
+        save_to_disk: bool | None = None,
+        **checkpointables: Any,
+    ) -> None:
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.strict = strict
+        self.class_names = class_names
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Save the model, the checkpointables and the class names to `save_dir/name.pth`."""
+        if self.class_names is not None:
+            kwargs.setdefault("class_names", list(self.class_names))
+        super().save(name, **kwargs)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint; what was stored beside weights and checkpointables is returned.
+
+        Args:
+            path: a file, an address that Detectron2 knows (`detectron2://`), or `torchvision://resnet50`;
+                empty loads nothing.
+            args: passed on to Detectron2.
+            kwargs: passed on to Detectron2.
+
+        Raises:
+            FileNotFoundError: there is no such file, or it cannot be fetched.
+            ValueError: the file is no checkpoint, or not one of this detector, or has other classes.
+        """
+        self._path = path
+        try:
+            if path:
+                self._require_file(path)
+            return super().load(path, *args, **kwargs)
+        finally:
+            # Detectron2 forgets to, when loading fails.
+            self._parsed_url_during_load = None
+
+    def _require_file(self, path: str) -> None:
+        try:
+            local = self.path_manager.get_local_path(path.split("?")[0])
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{path} cannot be fetched ({error}): put the file on this machine and name it in MODEL.WEIGHTS"
+            ) from error
+        if not os.path.isfile(local):
+            raise FileNotFoundError(f"there is no checkpoint {path!r}: correct MODEL.WEIGHTS")
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            if filename.endswith(".pkl"):
+                loaded = _load_pickle(filename)
+            else:
+                with torch.serialization.safe_globals([argparse.Namespace]):
+                    loaded = super()._load_file(filename)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, UnicodeDecodeError, TypeError, KeyError) as error:
+            raise ValueError(f"{self._path} is not a checkpoint that can be loaded safely: {error}") from error
+        model = loaded.get("model") if isinstance(loaded, dict) else None
+        if not isinstance(model, dict) or not model or not all(isinstance(name, str) for name in model):
+            raise ValueError(f"{self._path} holds no weights: a dict of tensors, or one under 'model', is needed")
+        return loaded
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        state = {re.sub(r"^module\.", "", k): v for k, v in checkpoint["model"].items()}
+        backbone_only = bool(checkpoint.get("matching_heuristics"))
+        if any(name.startswith("backbone.0.") for name in state):
+            state = convert_released(state, getattr(self.model, "num_classes", -1))
+        elif "layer1.0.conv1.weight" in state:  # torchvision's ResNet
+            backbone_only = True
+            state = {
+                "backbone." + resnet_name(k): v
+                for k, v in state.items()
+                if not k.startswith("fc.") and not k.endswith("num_batches_tracked")
+            }
+        checkpoint["model"] = state
+        if not backbone_only:
+            self._check(checkpoint)
+        incompatible = super()._load_model(checkpoint)
+        if len(incompatible.missing_keys) == len(self.model.state_dict()):
+            raise ValueError(f"no weight in {self._path} belongs to this model: correct MODEL.WEIGHTS")
+        return incompatible
+
+    def _check(self, checkpoint: dict[str, Any]) -> None:
+        """Compare names and shapes before anything is loaded."""
+        state, model = checkpoint["model"], self.model.state_dict()
+        shapes = {
+            name: (tuple(state[name].shape), tuple(model[name].shape))
+            for name in state
+            if name in model and tuple(state[name].shape) != tuple(model[name].shape)
+        }
+        missing = [name for name in model if name not in state]
+        unexpected = [name for name in state if name not in model]
+        if not (shapes or missing or unexpected):
+            return
+        classes = [name for name in shapes if _CLASS_ROWS.search(name)]
+        if classes and len(classes) == len(shapes) and not missing and not unexpected:
+            there, here = (shape[0] for shape in shapes[classes[0]])
+            names = checkpoint.get("class_names")
+            message = (
+                f"{self._path} was trained with another number of classes: {classes[0]} has {there} rows there "
+                f"and {here} here"
+                + (f", its classes are {', '.join(names)}" if names else "")
+                + f". Set MODEL.DETR.NUM_CLASSES (now {getattr(self.model, 'num_classes', '?')}) or DATASETS.TRAIN "
+                "to what the checkpoint was trained with"
+            )
+        else:
+            parts = [
+                _listing("missing", missing),
+                _listing("unexpected", unexpected),
+                _listing("of another shape", [f"{k} {a} here {b}" for k, (a, b) in shapes.items()]),
+            ]
+            message = (
+                f"{self._path} does not fit {type(self.model).__name__} as configured: "
+                + "; ".join(filter(None, parts))
+                + ". Use the config file that the checkpoint was trained with"
+            )
+        if self.strict:
+            raise ValueError(message)
+        logging.getLogger(__name__).warning(message)
+
+
+def _listing(what: str, names: Sequence[str], most: int = 5) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} {what} ({', '.join(names[:most])}{more})"
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles numpy arrays in plain containers, which is all that model-zoo files hold."""
+
+    allowed = re.compile(
+        r"numpy(\._?core(\.multiarray|\.numeric)?)?\.(_reconstruct|ndarray|dtype|scalar|_frombuffer)"
+        r"|collections\.OrderedDict|_codecs\.encode"
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if not self.allowed.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"it holds a {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def _load_pickle(filename: str) -> dict[str, Any]:
+    """A .pkl of Detectron2's model zoo, or of Caffe2's, which names its weights differently."""
+    with PathManager.open(filename, "rb") as file:
+        data = _ArraysOnly(file, encoding="latin1").load()
+    if not isinstance(data, dict):
+        return {}
+    if "model" in data and "__author__" in data:
+        return data
+    blobs = data.get("blobs", data)
+    model = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
+    return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+class TorchvisionHandler(PathHandler):
+    """`torchvision://resnet50`: the ImageNet weights (IMAGENET1K_V1, the papers') of a torchvision model."""
+
+    PREFIX = "torchvision://"
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.PREFIX]
+
+    def _get_local_path(self, path: str, **kwargs: Any) -> str:
+        weights = get_model_weights(path[len(self.PREFIX) :])["IMAGENET1K_V1"]
+        return PathManager.get_local_path(weights.url, **kwargs)
+
+    def _open(self, path: str, mode: str = "r", **kwargs: Any) -> Any:
+        return PathManager.open(self._get_local_path(path), mode, **kwargs)
+
+
+PathManager.register_handler(TorchvisionHandler(), allow_override=True)

@@ -1,0 +1,119 @@
+"""The set loss of matched predictions (DETR, section 3.1, equation 2, and appendix A.2).
+
+Matching is not done here: the criterion takes pairs, so that denoising can bring those it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from detr_family.layers.boxes import generalized_iou
+from detr_family.structures import Assignment, SetPrediction, Targets
+
+ClassLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes; the tensor itself where there is one process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+@dataclass(frozen=True)
+class SoftmaxClassLoss:
+    """Cross-entropy over K - 1 classes and no-object, the last logit.
+
+    The weights that its weighted mean divides by are averaged over all processes, which the release does
+    not do: so the loss is the same however a batch is split, and with one process it is the release's.
+
+    Attributes:
+        no_object_weight: the weight of no-object (0.1 in DETR), against the imbalance of classes.
+    """
+
+    no_object_weight: float
+
+    def __call__(self, layer_logits: Tensor, classes: Tensor, num_boxes: Tensor) -> Tensor:
+        """Loss of every layer.
+
+        Args:
+            layer_logits: (N, B, Q, K).
+            classes: (N, B, Q) int64, K - 1 where nothing is matched.
+            num_boxes: not used here, the mean is over queries.
+
+        Returns:
+            (N,).
+        """
+        weight = layer_logits.new_ones(layer_logits.shape[-1])
+        weight[-1] = self.no_object_weight
+        loss = F.cross_entropy(layer_logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
+        total = mean_over_ranks(weight[classes].flatten(1).sum(1))
+        return loss.view(len(layer_logits), -1).sum(1) / total
+
+
+class SetCriterion:
+    """Class, L1 and GIoU losses of all decoder layers at once, in float32 whatever the autocast state.
+
+    Args:
+        class_loss: (layer_logits (N, B, Q, K), classes (N, B, Q), num_boxes) -> (N,).
+        background: the value of `classes` where nothing is matched.
+        weight_class: weight of `loss_ce`.
+        weight_l1: weight of `loss_bbox`, the L1 distance of normalised cxcywh boxes.
+        weight_giou: weight of `loss_giou`, 1 - GIoU.
+    """
+
+    def __init__(
+        self,
+        *,
+        class_loss: ClassLoss,
+        background: int,
+        weight_class: float,
+        weight_l1: float,
+        weight_giou: float,
+    ) -> None:
+        self.class_loss = class_loss
+        self.background = background
+        self.weight_class = weight_class
+        self.weight_l1 = weight_l1
+        self.weight_giou = weight_giou
+
+    def __call__(
+        self, prediction: SetPrediction, targets: Targets, assignment: Assignment
+    ) -> dict[str, Tensor]:
+        """Weighted losses, the last layer's without and the earlier ones' with a suffix `_0`, `_1`, ...
+
+        L1 and GIoU are divided by the number of boxes in the batch, averaged over all processes, at least 1.
+        A term of weight 0 stays in the dict as a zero that has a graph: no parameter goes without a gradient.
+
+        Returns:
+            0-d tensors named `loss_ce`, `loss_bbox`, `loss_giou`, whose sum is to be minimised.
+        """
+        with torch.autocast(prediction.layer_logits.device.type, enabled=False):
+            logits = prediction.layer_logits.float()  # N x B x Q x K
+            num_layers = len(logits)
+            num_boxes = mean_over_ranks(logits.new_tensor(float(len(targets)))).clamp(min=1)
+
+            layer = torch.arange(num_layers, device=logits.device)[:, None]
+            image = targets.image[assignment.target]  # N x M
+            classes = torch.full(logits.shape[:3], self.background, device=logits.device)
+            classes[layer, image, assignment.query] = targets.labels[assignment.target]
+            boxes = prediction.layer_boxes.float()[layer, image, assignment.query]  # N x M x 4
+            truth = targets.boxes_cxcywh[assignment.target]  # N x M x 4
+
+            giou = generalized_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy"))
+            terms = {
+                "loss_ce": self.weight_class * self.class_loss(logits, classes, num_boxes),
+                "loss_bbox": self.weight_l1 * (boxes - truth).abs().sum((1, 2)) / num_boxes,
+                "loss_giou": self.weight_giou * (1 - giou).sum(1) / num_boxes,
+            }
+        suffixes = [f"_{i}" for i in range(num_layers - 1)] + [""]
+        return {name + suffixes[i]: term[i] for name, term in terms.items() for i in reversed(range(num_layers))}

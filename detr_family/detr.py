@@ -1,0 +1,440 @@
+"""DETR: End-to-End Object Detection with Transformers (arXiv 2005.12872).
+
+- An encoder over the tokens of one feature map, a decoder over learned object queries, both plain transformers.
+- Spatial encodings are added to queries and keys at every attention, not to values (section A.3).
+- All queries are decoded in parallel; every decoder layer predicts a set with the same heads.
+- Sets are compared by bipartite matching: no anchors, no NMS.
+
+Parameter names are the release's. Shapes: B pictures, Q queries, D channels, N decoder layers, K logits
+(classes and no-object), S tokens of a feature map of H x W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.backbone import Backbone
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from detr_family.config import num_classes
+from detr_family.criterion import SetCriterion, SoftmaxClassLoss
+from detr_family.layers.mlp import MLP
+from detr_family.layers.position_encoding import LearnedPositionEncoding, SinePositionEncoding
+from detr_family.matcher import HungarianMatcher, softmax_class_cost
+from detr_family.postprocess import best_class_per_query
+from detr_family.set_detector import SetDetector
+from detr_family.structures import SetPrediction, Targets
+
+
+@META_ARCH_REGISTRY.register()
+class DETR(SetDetector):
+    """The detector of figure 2: backbone, transformer, prediction heads.
+
+    Args:
+        backbone: a Detectron2 backbone, of which the coarsest feature map is read.
+        transformer: see `Transformer`.
+        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
+        num_classes: classes of the data set, without no-object.
+        num_queries: Q, the size of the predicted set.
+        aux_loss: train the sets of the earlier decoder layers too.
+        matcher: pairs predictions with ground truth.
+        criterion: the loss of matched pairs.
+        topk: detections per picture, at most Q.
+        pixel_mean: three means, in the channel order of the input.
+        pixel_std: three standard deviations.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        transformer: Transformer,
+        position_encoding: nn.Module,
+        num_classes: int,
+        num_queries: int,
+        aux_loss: bool,
+        matcher: HungarianMatcher,
+        criterion: SetCriterion,
+        topk: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__(
+            backbone=backbone,
+            num_classes=num_classes,
+            select=best_class_per_query,
+            topk=topk,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+        )
+        if num_queries < 1:
+            raise ValueError(f"DETR needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
+        dim = transformer.dim
+        self.feature = list(backbone.output_shape())[-1]
+        self.transformer = transformer
+        self.position_encoding = position_encoding
+        self.input_proj = nn.Conv2d(backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
+        self.query_embed = nn.Embedding(num_queries, dim)  # the object queries
+        self.class_embed = nn.Linear(dim, num_classes + 1)
+        self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
+        self.aux_loss = aux_loss
+        self.matcher = matcher
+        self.criterion = criterion
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The arguments of `__init__`, from Detectron2's configuration."""
+        detr = cfg.MODEL.DETR
+        encoding = detr.SPATIAL_ENCODING
+        classes = num_classes(cfg)
+        position_encoding: nn.Module
+        if encoding.TYPE == "sine":
+            position_encoding = SinePositionEncoding(
+                detr.HIDDEN_DIM, temperature_x=encoding.TEMPERATURE, temperature_y=encoding.TEMPERATURE
+            )
+        elif encoding.TYPE == "learned":
+            position_encoding = LearnedPositionEncoding(detr.HIDDEN_DIM, size=encoding.LEARNED_SIZE)
+        else:
+            raise ValueError(f"MODEL.DETR.SPATIAL_ENCODING.TYPE is {encoding.TYPE!r}; it may be 'sine' or 'learned'")
+        return {
+            "backbone": build_backbone(cfg),
+            "transformer": Transformer(
+                dim=detr.HIDDEN_DIM,
+                num_heads=detr.NUM_HEADS,
+                encoder_layers=detr.ENC_LAYERS,
+                decoder_layers=detr.DEC_LAYERS,
+                feedforward_dim=detr.FEEDFORWARD_DIM,
+                dropout=detr.DROPOUT,
+                pre_norm=detr.PRE_NORM,
+                encoder_position=encoding.ENCODER,
+                decoder_position=encoding.DECODER,
+                query_position=detr.QUERY_ENCODING,
+            ),
+            "position_encoding": position_encoding,
+            "num_classes": classes,
+            "num_queries": detr.NUM_QUERIES,
+            "aux_loss": detr.AUX_LOSS,
+            "matcher": HungarianMatcher(
+                class_cost=softmax_class_cost,
+                cost_class=detr.COST.CLASS,
+                cost_l1=detr.COST.L1,
+                cost_giou=detr.COST.GIOU,
+            ),
+            "criterion": SetCriterion(
+                class_loss=SoftmaxClassLoss(detr.NO_OBJECT_WEIGHT),
+                background=classes,
+                weight_class=detr.LOSS.CLASS,
+                weight_l1=detr.LOSS.L1,
+                weight_giou=detr.LOSS.GIOU,
+            ),
+            "topk": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
+        """Predict a set of Q boxes per picture and decoder layer.
+
+        Args:
+            images: from `preprocess_image`.
+            targets: not looked at.
+
+        Returns:
+            SetPrediction with `layer_logits` (N, B, Q, K), no-object last, and `layer_boxes` (N, B, Q, 4).
+        """
+        feature = self.backbone(images.tensor)[self.feature]  # B x C x H x W
+        mask = self.level_mask(self.padding_mask(images), feature)  # B x H x W
+        decoded = self.transformer(
+            self.input_proj(feature).flatten(2).transpose(1, 2),  # B x S x D
+            position=self.position_encoding(mask).flatten(1, 2),  # B x S x D
+            padding=mask.flatten(1) if self.has_padding(images) else None,
+            queries=self.query_embed.weight,
+        )  # N x B x Q x D
+        return SetPrediction(
+            layer_logits=self.class_embed(decoded), layer_boxes=self.bbox_embed(decoded).float().sigmoid()
+        )
+
+    def losses(self, prediction: SetPrediction, targets: Targets) -> dict[str, Tensor]:
+        """`loss_ce`, `loss_bbox`, `loss_giou`, and the same with `_0`, `_1`, ... for the earlier layers."""
+        if not self.aux_loss:
+            prediction = prediction.layers(-1)
+        return self.criterion(prediction, targets, self.matcher(prediction, targets))
+
+
+POSITIONS = ("attention", "input", "none")
+
+
+class Transformer(nn.Module):
+    """Encoder and decoder (section 3.2, figure 10).
+
+    Args:
+        dim: D, the model's width.
+        num_heads: attention heads, a divisor of `dim`.
+        encoder_layers: layers of the encoder, possibly 0.
+        decoder_layers: N, layers of the decoder, at least 1.
+        feedforward_dim: width of the feed-forward networks' hidden layer.
+        dropout: probability in every sublayer and in the attention weights.
+        pre_norm: normalise before each sublayer in place of after it.
+        encoder_position: where the spatial encoding enters the encoder: "attention" (queries and keys of every
+            layer), "input" (added once to the tokens) or "none".
+        decoder_position: where it enters the decoder: "attention" (keys of every cross-attention), "input"
+            (added once to the encoder's output) or "none".
+        query_position: where the object queries enter: "attention" (queries and keys of every layer, the
+            content starts from zero) or "input" (they are the content that the first layer starts from).
+
+    Raises:
+        ValueError: a setting that is not one of the above.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        feedforward_dim: int,
+        dropout: float,
+        pre_norm: bool,
+        encoder_position: str,
+        decoder_position: str,
+        query_position: str,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"MODEL.DETR.HIDDEN_DIM {dim} is no multiple of MODEL.DETR.NUM_HEADS {num_heads}")
+        if decoder_layers < 1 or encoder_layers < 0:
+            raise ValueError(
+                f"MODEL.DETR.DEC_LAYERS {decoder_layers} must be at least 1, ENC_LAYERS {encoder_layers} at least 0"
+            )
+        for key, value, allowed in (
+            ("SPATIAL_ENCODING.ENCODER", encoder_position, POSITIONS),
+            ("SPATIAL_ENCODING.DECODER", decoder_position, POSITIONS),
+            ("QUERY_ENCODING", query_position, POSITIONS[:2]),
+        ):
+            if value not in allowed:
+                raise ValueError(f"MODEL.DETR.{key} is {value!r}; it may be one of {', '.join(allowed)}")
+        self.dim = dim
+        self.encoder_position = encoder_position
+        self.decoder_position = decoder_position
+        self.query_position = query_position
+        self.encoder = Encoder(
+            [EncoderLayer(dim, num_heads, feedforward_dim, dropout, pre_norm) for _ in range(encoder_layers)],
+            norm=nn.LayerNorm(dim) if pre_norm else None,
+        )
+        self.decoder = Decoder(
+            [DecoderLayer(dim, num_heads, feedforward_dim, dropout, pre_norm) for _ in range(decoder_layers)],
+            norm=nn.LayerNorm(dim),
+        )
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, tokens: Tensor, *, position: Tensor, padding: Tensor | None, queries: Tensor) -> Tensor:
+        """Decode the object queries.
+
+        Args:
+            tokens: (B, S, D).
+            position: (B, S, D) spatial encoding of the tokens.
+            padding: (B, S) bool, True = padding; None where nothing is padded.
+            queries: (Q, D) object queries.
+
+        Returns:
+            (N, B, Q, D), the output of every decoder layer, normalised.
+        """
+        if self.encoder_position == "input":
+            tokens = tokens + position
+        at_encoder = position if self.encoder_position == "attention" else None
+        memory = self.encoder(tokens, position=at_encoder, padding=padding)
+
+        if self.decoder_position == "input":
+            memory = memory + position
+        at_decoder = position if self.decoder_position == "attention" else None
+
+        queries = queries.expand(len(tokens), -1, -1)  # B x Q x D
+        if self.query_position == "input":
+            content, at_queries = queries, None
+        else:
+            content, at_queries = torch.zeros_like(queries), queries
+        return self.decoder(
+            content, memory, query_position=at_queries, memory_position=at_decoder, padding=padding
+        )
+
+
+def with_position(x: Tensor, position: Tensor | None) -> Tensor:
+    """`x` with its encoding added, where there is one."""
+    return x if position is None else x + position
+
+
+class Encoder(nn.Module):
+    """A stack of `EncoderLayer`.
+
+    Args:
+        layers: the layers, first to last.
+        norm: applied to the result; the pre-norm variant needs it.
+    """
+
+    def __init__(self, layers: Sequence[EncoderLayer], norm: nn.LayerNorm | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(self, tokens: Tensor, *, position: Tensor | None, padding: Tensor | None) -> Tensor:
+        """(B, S, D) tokens, their encoding and (B, S) padding mask -> (B, S, D) memory."""
+        for layer in self.layers:
+            tokens = layer(tokens, position=position, padding=padding)
+        return tokens if self.norm is None else self.norm(tokens)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward network, each with a residual connection.
+
+    Args:
+        dim: D.
+        num_heads: attention heads.
+        feedforward_dim: width of the hidden layer.
+        dropout: probability in both sublayers and in the attention weights.
+        pre_norm: normalise before each sublayer in place of after it.
+    """
+
+    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float, pre_norm: bool) -> None:
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
+        self.linear1 = nn.Linear(dim, feedforward_dim)
+        self.linear2 = nn.Linear(feedforward_dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, *, position: Tensor | None, padding: Tensor | None) -> Tensor:
+        """(B, S, D), encoding (B, S, D) and padding mask (B, S) -> (B, S, D)."""
+        if self.pre_norm:
+            tokens = tokens + self.dropout(self.attend(self.norm1(tokens), position, padding))
+            return tokens + self.dropout(self.feed_forward(self.norm2(tokens)))
+        tokens = self.norm1(tokens + self.dropout(self.attend(tokens, position, padding)))
+        return self.norm2(tokens + self.dropout(self.feed_forward(tokens)))
+
+    def attend(self, tokens: Tensor, position: Tensor | None, padding: Tensor | None) -> Tensor:
+        """Self-attention; the encoding goes to queries and keys only."""
+        q = k = with_position(tokens, position)
+        return self.self_attn(q, k, tokens, key_padding_mask=padding, need_weights=False)[0]
+
+    def feed_forward(self, tokens: Tensor) -> Tensor:
+        """The two linear layers with ReLU and dropout between them."""
+        return self.linear2(self.dropout(F.relu(self.linear1(tokens))))
+
+
+class Decoder(nn.Module):
+    """A stack of `DecoderLayer` whose every output is returned, normalised by one shared norm.
+
+    Args:
+        layers: the layers, first to last.
+        norm: shared by the outputs of all layers, as auxiliary losses need it (section 3.2).
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer], norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(
+        self,
+        content: Tensor,
+        memory: Tensor,
+        *,
+        query_position: Tensor | None,
+        memory_position: Tensor | None,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """(B, Q, D) content and (B, S, D) memory with their encodings -> (N, B, Q, D)."""
+        outputs = []
+        for layer in self.layers:
+            content = layer(
+                content,
+                memory,
+                query_position=query_position,
+                memory_position=memory_position,
+                padding=padding,
+            )
+            outputs.append(self.norm(content))
+        return torch.stack(outputs)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention of the queries, cross-attention to the memory, a feed-forward network.
+
+    Args:
+        dim: D.
+        num_heads: attention heads.
+        feedforward_dim: width of the hidden layer.
+        dropout: probability in the three sublayers and in the attention weights.
+        pre_norm: normalise before each sublayer in place of after it.
+    """
+
+    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float, pre_norm: bool) -> None:
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
+        self.multihead_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
+        self.linear1 = nn.Linear(dim, feedforward_dim)
+        self.linear2 = nn.Linear(feedforward_dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        content: Tensor,
+        memory: Tensor,
+        *,
+        query_position: Tensor | None,
+        memory_position: Tensor | None,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """(B, Q, D) content, (B, S, D) memory, their encodings and the memory's padding (B, S) -> (B, Q, D)."""
+        if self.pre_norm:
+            content = content + self.dropout(self.attend(self.norm1(content), query_position))
+            content = content + self.dropout(
+                self.look(self.norm2(content), memory, query_position, memory_position, padding)
+            )
+            return content + self.dropout(self.feed_forward(self.norm3(content)))
+        content = self.norm1(content + self.dropout(self.attend(content, query_position)))
+        content = self.norm2(
+            content + self.dropout(self.look(content, memory, query_position, memory_position, padding))
+        )
+        return self.norm3(content + self.dropout(self.feed_forward(content)))
+
+    def attend(self, content: Tensor, position: Tensor | None) -> Tensor:
+        """Self-attention of the queries."""
+        q = k = with_position(content, position)
+        return self.self_attn(q, k, content, need_weights=False)[0]
+
+    def look(
+        self,
+        content: Tensor,
+        memory: Tensor,
+        query_position: Tensor | None,
+        memory_position: Tensor | None,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """Cross-attention to the unpadded tokens of the memory."""
+        return self.multihead_attn(
+            with_position(content, query_position),
+            with_position(memory, memory_position),
+            memory,
+            key_padding_mask=padding,
+            need_weights=False,
+        )[0]
+
+    def feed_forward(self, content: Tensor) -> Tensor:
+        """The two linear layers with ReLU and dropout between them."""
+        return self.linear2(self.dropout(F.relu(self.linear1(content))))

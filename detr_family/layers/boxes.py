@@ -1,0 +1,37 @@
+"""Generalised IoU, element by element (arXiv 1902.09630, equation in algorithm 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
+    """GIoU of boxes that broadcast against each other: one pair per element, or a matrix with extra axes.
+
+    torchvision's `generalized_box_iou` pairs all with all, which costs batch x batch when several pictures
+    are matched at once, and gives NaN for two boxes without area; fvcore's `giou_loss` adds an eps that is
+    felt by small boxes in normalised coordinates.
+
+    Args:
+        boxes1_xyxy: (..., 4), any unit.
+        boxes2_xyxy: (..., 4), the same unit.
+
+    Returns:
+        (...) in [-1, 1]. Boxes without area give finite values and gradients; nothing is asserted.
+    """
+    tiny = torch.finfo(boxes1_xyxy.dtype).tiny
+    # The intersection's and the hull's corners.
+    inter = torch.min(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:]) - torch.max(
+        boxes1_xyxy[..., :2], boxes2_xyxy[..., :2]
+    )
+    hull = torch.max(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:]) - torch.min(
+        boxes1_xyxy[..., :2], boxes2_xyxy[..., :2]
+    )
+    inter_area = inter.clamp(min=0).prod(-1)
+    hull_area = hull.clamp(min=0).prod(-1)
+    area1 = (boxes1_xyxy[..., 2:] - boxes1_xyxy[..., :2]).prod(-1)
+    area2 = (boxes2_xyxy[..., 2:] - boxes2_xyxy[..., :2]).prod(-1)
+    union = area1 + area2 - inter_area
+    iou = inter_area / union.clamp(min=tiny)
+    return iou - (hull_area - union) / hull_area.clamp(min=tiny)

@@ -1,0 +1,52 @@
+"""From predicted sets to Detectron2's `Instances`: no NMS, the scores decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+from torchvision.ops import box_convert
+
+Selection = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+
+
+def best_class_per_query(logits: Tensor, boxes: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each query speaks for its best class other than no-object (DETR, appendix A.4).
+
+    Args:
+        logits: (B, Q, K), no-object last.
+        boxes: (B, Q, 4).
+        topk: detections to keep per picture, by score; at most Q come out.
+
+    Returns:
+        scores (B, min(topk, Q)) in descending order, classes of the same shape, boxes (B, min(topk, Q), 4).
+    """
+    scores, classes = logits.float().softmax(-1)[..., :-1].max(-1)
+    scores, query = scores.topk(min(topk, scores.shape[1]), dim=1)
+    return scores, classes.gather(1, query), boxes.gather(1, query[..., None].expand(-1, -1, 4))
+
+
+def to_instances(
+    scores: Tensor, classes: Tensor, boxes_cxcywh: Tensor, image_sizes: Sequence[tuple[int, int]]
+) -> list[Instances]:
+    """Boxes in pixels of the picture as the detector saw it.
+
+    Args:
+        scores: (B, k).
+        classes: (B, k).
+        boxes_cxcywh: (B, k, 4) in [0, 1] of the unpadded picture.
+        image_sizes: (height, width) per picture.
+
+    Returns:
+        one `Instances` per picture with `pred_boxes`, `scores` and `pred_classes`.
+    """
+    results = []
+    boxes_xyxy = box_convert(boxes_cxcywh.float(), "cxcywh", "xyxy")
+    for i, (height, width) in enumerate(image_sizes):
+        pixels = Boxes(boxes_xyxy[i].clone())
+        pixels.scale(width, height)
+        results.append(
+            Instances((height, width), pred_boxes=pixels, scores=scores[i], pred_classes=classes[i])
+        )
+    return results

@@ -1,0 +1,172 @@
+"""What all five detectors have in common: pictures in, losses or `Instances` out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from detr_family.postprocess import Selection, to_instances
+from detr_family.structures import SetPrediction, Targets
+
+
+class SetDetector(nn.Module):
+    """Normalises and pads pictures, makes targets, and turns predicted sets into Detectron2's results.
+
+    A detector says how it predicts (`predict`) and what it is trained with (`losses`); nothing else differs.
+
+    Args:
+        backbone: a Detectron2 backbone; the detectors read its coarsest feature map (DINO several).
+        num_classes: classes of the data set, without no-object.
+        select: (logits, boxes, topk) -> scores, classes, boxes: see `detr_family.postprocess`.
+        topk: detections per picture (TEST.DETECTIONS_PER_IMAGE).
+        pixel_mean: three means, in the channel order of the input.
+        pixel_std: three standard deviations.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        num_classes: int,
+        select: Selection,
+        topk: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"a detector needs at least one class, got {num_classes} (MODEL.DETR.NUM_CLASSES)")
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.select = select
+        self.topk = topk
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
+        """The predicted sets of every decoder layer.
+
+        Args:
+            images: from `preprocess_image`.
+            targets: in training, for detectors that learn to denoise them; the others do not look.
+        """
+        raise NotImplementedError
+
+    def losses(self, prediction: SetPrediction, targets: Targets) -> dict[str, Tensor]:
+        """Weighted losses whose sum is to be minimised, named as the papers' releases name them."""
+        raise NotImplementedError
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Detectron2's contract for meta-architectures.
+
+        Args:
+            batched_inputs: one dict per picture with `image`, a (C, H, W) tensor of values in [0, 255] in
+                the channel order of INPUT.FORMAT. In training `instances` with `gt_boxes` (pixels, xyxy) and
+                `gt_classes`, possibly none at all; else optionally `height` and `width` of the result.
+
+        Returns:
+            In training a dict of weighted losses, else one `{"instances": Instances}` per picture with
+            `pred_boxes` (pixels of the result, clipped to it), `scores` and `pred_classes`.
+
+        Raises:
+            ValueError: a picture without pixels, a label that the detector has no class for, a box that is not
+                finite.
+        """
+        images = self.preprocess_image(batched_inputs)
+        if self.training:
+            targets = self.targets(batched_inputs)
+            return self.losses(self.predict(images, targets), targets)
+        prediction = self.predict(images)
+        detections = self.select(prediction.logits, prediction.boxes, self.topk)
+        results = []
+        for x, instances in zip(batched_inputs, to_instances(*detections, images.image_sizes), strict=True):
+            height, width = instances.image_size
+            instances = detector_postprocess(instances, x.get("height", height), x.get("width", width))
+            results.append({"instances": instances})
+        return results
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pictures go."""
+        return self.pixel_mean.device
+
+    def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
+        """Normalise the pictures and pad them with zeros, at the right and below, to one size.
+
+        Returns:
+            `ImageList` whose tensor is (B, C, H, W) float32.
+        """
+        pictures = []
+        for x in batched_inputs:
+            image = x["image"]
+            if image.dim() != 3 or image.shape[0] != len(self.pixel_mean) or 0 in image.shape:
+                raise ValueError(
+                    f"{x.get('file_name', 'a picture')} has shape {tuple(image.shape)}; "
+                    f"({len(self.pixel_mean)}, height, width) with at least one pixel is needed"
+                )
+            image = image.to(self.device, non_blocking=True)
+            pictures.append((image.float() - self.pixel_mean) / self.pixel_std)
+        return ImageList.from_tensors(pictures, self.backbone.size_divisibility)
+
+    @staticmethod
+    def padding_mask(images: ImageList) -> Tensor:
+        """(B, H, W) bool, True where a pixel is padding."""
+        height, width = images.tensor.shape[-2:]
+        device = images.tensor.device
+        sizes = torch.as_tensor(images.image_sizes).to(device)  # B x 2
+        below = torch.arange(height, device=device)[None, :, None] >= sizes[:, 0, None, None]
+        right = torch.arange(width, device=device)[None, None, :] >= sizes[:, 1, None, None]
+        return below | right
+
+    @staticmethod
+    def has_padding(images: ImageList) -> bool:
+        """Whether any picture is smaller than the batch's tensor, known without asking the device."""
+        height, width = images.tensor.shape[-2:]
+        return any((h, w) != (height, width) for h, w in images.image_sizes)
+
+    @staticmethod
+    def level_mask(mask: Tensor, feature: Tensor) -> Tensor:
+        """The picture's mask at a feature map's size, by the nearest pixel as in the releases.
+
+        The first token of a picture is never padding, so that no attention finds every key masked.
+
+        Args:
+            mask: (B, H, W) bool.
+            feature: (B, C, h, w).
+
+        Returns:
+            (B, h, w) bool.
+        """
+        return F.interpolate(mask[None].float(), size=feature.shape[-2:])[0].bool()
+
+    def targets(self, batched_inputs: Sequence[dict[str, Any]]) -> Targets:
+        """Ground truth of a batch, checked on the host before it can do harm on the device."""
+        instances = [x["instances"] for x in batched_inputs]
+        for x, truth in zip(batched_inputs, instances, strict=True):
+            if truth.gt_classes.is_cuda:
+                continue  # a look would wait for the device
+            self._check_truth(truth, x.get("file_name", "a picture"))
+        return Targets.from_instances(instances, self.device)
+
+    def _check_truth(self, truth: Instances, name: str) -> None:
+        wrong = truth.gt_classes[(truth.gt_classes < 0) | (truth.gt_classes >= self.num_classes)]
+        if len(wrong):
+            raise ValueError(
+                f"{name} has a box of class {int(wrong[0])}, but the detector has classes 0 to "
+                f"{self.num_classes - 1}: set MODEL.DETR.NUM_CLASSES to the data set's number of classes, "
+                "or to -1 to take it from DATASETS.TRAIN"
+            )
+        boxes = truth.gt_boxes.tensor
+        if not torch.isfinite(boxes).all():
+            bad = boxes[~torch.isfinite(boxes).all(1)][0].tolist()
+            raise ValueError(f"{name} has a box whose coordinates are not finite: {bad}; mend its annotation file")

@@ -1,0 +1,18 @@
+"""What the tests share."""
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+
+from detr_family import add_detr_family_config
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def cfg() -> CfgNode:
+    """Detectron2's configuration with detr_family's keys, on the CPU."""
+    cfg = get_cfg()
+    add_detr_family_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg

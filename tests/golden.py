@@ -1,0 +1,112 @@
+"""Golden outputs of the papers' releases: where they are, and a detector filled as they were made."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from detr_family.checkpoint import DETRCheckpointer, released_name
+
+SHARED = Path(os.environ.get("DETR_FAMILY_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+FOLDER = SHARED / "golden"
+
+
+def recipe() -> ModuleType:
+    """The module that makes weights and pictures from names; skips where the folder is missing."""
+    if not (FOLDER / "golden.py").is_file():
+        pytest.skip(f"no golden outputs in {FOLDER} (set DETR_FAMILY_SHARED to the folder that holds golden/)")
+    spec = importlib.util.spec_from_file_location("golden_recipe", FOLDER / "golden.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load(name: str) -> SimpleNamespace:
+    """One golden file: arrays as they are, json strings parsed."""
+    recipe()
+    with np.load(FOLDER / f"{name}.npz") as file:
+        arrays = {k: file[k] for k in file.files}
+    return SimpleNamespace(
+        **{k: json.loads(str(v)) if v.dtype.kind == "U" else v for k, v in arrays.items()}
+    )
+
+
+def released_file(golden: SimpleNamespace, path: Path) -> Path:
+    """A file in the release's own format, with a Namespace beside the weights as some releases have."""
+    import argparse
+
+    fill = recipe().fill
+    first = {name: group[0] for group in golden.tied for name in group}
+    state = {
+        name: torch.as_tensor(fill(first.get(name, name), shape)) for name, shape in golden.state_shapes.items()
+    }
+    torch.save({"model": state, "args": argparse.Namespace(lr=1e-4)}, path)
+    return path
+
+
+def fill(model: nn.Module, golden: SimpleNamespace, path: Path) -> nn.Module:
+    """Load the made-up weights through the project's checkpointer."""
+    DETRCheckpointer(model).load(str(released_file(golden, path)))
+    return model
+
+
+def batch(num_classes: int = 80) -> list[dict[str, Any]]:
+    """The two pictures with their ground truth."""
+    module = recipe()
+    inputs = []
+    for key, height, width, count in module.IMAGES:
+        image = torch.from_numpy(module.image(key, height, width).transpose(2, 0, 1).copy())
+        boxes, labels = module.targets(key, height, width, count, num_classes)
+        truth = Instances(
+            (height, width), gt_boxes=Boxes(torch.from_numpy(boxes)), gt_classes=torch.from_numpy(labels)
+        )
+        inputs.append({"image": image, "instances": truth, "file_name": key})
+    return inputs
+
+
+def compare_outputs(model: nn.Module, golden: SimpleNamespace) -> None:
+    """Logits and boxes of the last and the first decoder layer, in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        prediction = model.predict(model.preprocess_image(batch()))
+    first = prediction.aux[0]
+    for name, ours, theirs, tolerance in (
+        ("logits", prediction.logits, golden.pred_logits, 2e-4),
+        ("boxes", prediction.boxes, golden.pred_boxes, 2e-5),
+        ("first layer's logits", first.logits, golden.aux0_logits, 2e-4),
+        ("first layer's boxes", first.boxes, golden.aux0_boxes, 2e-5),
+    ):
+        worst = np.abs(ours.numpy() - theirs).max()
+        assert ours.shape == theirs.shape, name
+        assert worst < tolerance, f"{name} differ by {worst}"
+
+
+def compare_training(model: nn.Module, golden: SimpleNamespace) -> None:
+    """Every weighted loss, their sum, and the gradient norm of every parameter."""
+    model.train()
+    losses = model(batch())
+    expected = {k: golden.losses[k] * w for k, w in golden.weights.items()}
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    total = sum(losses.values())
+    assert total.item() == pytest.approx(float(golden.total_loss), rel=1e-4)
+
+    total.backward()
+    ours = {k: p.grad.norm().item() for k, p in model.named_parameters() if p.grad is not None}
+    theirs = {released_name(k): v for k, v in golden.grad_norms.items()}
+    assert ours.keys() == theirs.keys()
+    scale = max(theirs.values())
+    for name, value in theirs.items():
+        assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-6 * scale), name
