@@ -1,0 +1,102 @@
+"""From a dataset dict to what the detectors take in, with DETR's augmentation (arXiv 2005.12872, A.4).
+
+Detectron2's DatasetMapper with one difference: in training, half of the pictures are first resized to a
+shorter side of `INPUT.CROP.RESIZE` and cropped (`INPUT.CROP.TYPE`, `INPUT.CROP.SIZE`); all are then resized
+to a shorter side of `INPUT.MIN_SIZE_TRAIN` and flipped half of the time. The official code flips first: the
+same in distribution, as where the crop lies is as likely left as right.
+"""
+
+import copy
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+_CROP_PROBABILITY = 0.5
+
+
+class DETRDatasetMapper(DatasetMapper):
+    """Maps a Detectron2 dataset dict to the model's input.
+
+    The result keeps file_name, height, width and image_id, and has
+
+    * image: uint8 tensor (C, H, W) in `INPUT.FORMAT`, after augmentation,
+    * instances (training only): with gt_boxes (absolute x1, y1, x2, y2 in the augmented picture) and
+      gt_classes. Crowd annotations and boxes that the crop left empty are gone; none left is a legal result.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Constructor arguments of Detectron2's DatasetMapper for a config.
+
+        Args:
+            cfg: reads INPUT.*, and MODEL.MASK_ON, KEYPOINT_ON and LOAD_PROPOSALS as Detectron2 does.
+            is_train: training augmentation and instances, or only the resizing to MIN_SIZE_TEST.
+
+        Raises:
+            ValueError: INPUT.CROP.RESIZE is empty though INPUT.CROP.ENABLED.
+        """
+        arguments: dict[str, Any] = super().from_config(cfg, is_train)
+        if is_train and cfg.INPUT.CROP.ENABLED:
+            if not cfg.INPUT.CROP.RESIZE:
+                raise ValueError(
+                    "INPUT.CROP.RESIZE is empty; give shorter sides in pixels, e.g. [400, 500, 600]."
+                )
+            # Detectron2 puts its crop first and always applies it.
+            crop = arguments["augmentations"][0]
+            resize = T.ResizeShortestEdge(list(cfg.INPUT.CROP.RESIZE), sample_style="choice")
+            arguments["augmentations"][0] = T.RandomApply(
+                T.AugmentationList([resize, crop]), _CROP_PROBABILITY
+            )
+        return arguments
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """See class.
+
+        Args:
+            dataset_dict: one picture in Detectron2's dataset format; left as it is.
+
+        Raises:
+            ValueError: the picture is missing, damaged, of 16 or more bits a channel, or of another size than
+                the dict says; with the file's name.
+        """
+        path = str(dataset_dict["file_name"])
+        _check_depth(path)
+        try:
+            mapped: dict[str, Any] = super().__call__(copy.copy(dataset_dict))
+        except SizeMismatchError as error:
+            raise ValueError(
+                f"{path}: {error} (Sizes are compared after turning the picture by its EXIF orientation.)"
+            ) from error
+        except (
+            OSError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ) as error:  # what PIL raises on damaged files
+            raise _unreadable(path, error) from error
+        return mapped
+
+
+def _check_depth(path: str) -> None:
+    """Refuses what PIL would turn to 8 bits by cutting off at 255."""
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as picture:
+            mode = picture.mode
+    except Exception as error:  # whatever a damaged header makes the decoder raise
+        raise _unreadable(path, error) from error
+    if mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{path} has more than 8 bits a channel (PIL mode {mode!r}). Convert the pictures to "
+            "8 bits, with the scaling that suits them."
+        )
+
+
+def _unreadable(path: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"The picture {path} cannot be read ({type(error).__name__}: {error}). Restore the file, or remove "
+        "its entry from the annotation file; the picture folder is given in DATASETS.COCO_FORMAT."
+    )

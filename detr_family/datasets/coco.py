@@ -1,0 +1,203 @@
+"""A user's own COCO-format data sets: registration from the config, and the training set, checked.
+
+`DATASETS.COCO_FORMAT` lists [name, annotation file, picture folder] triples; the names then work wherever
+Detectron2 takes a data set's name. Built-in names (coco_2017_train ...) keep working beside them.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
+from detectron2.data.catalog import Metadata
+
+from .coco_json import CONFIG_KEY, read_categories, read_coco_json
+
+_CHECKED_PICTURES = 20000
+_NAMED_EXAMPLES = 5
+_logger = logging.getLogger(__name__)
+
+
+class CocoFormatMetadata(Metadata):
+    """Metadata whose class names are read from the annotation file when they are first asked for.
+
+    So registering costs nothing, and a data set that a run does not use need not be there.
+    """
+
+    def __getattr__(self, key: str) -> Any:
+        if key in ("thing_classes", "thing_dataset_id_to_contiguous_id") and "json_file" in self.__dict__:
+            names = read_categories(self.json_file)
+            self.__dict__["thing_classes"] = list(names.values())
+            self.__dict__["thing_dataset_id_to_contiguous_id"] = {
+                identifier: number for number, identifier in enumerate(names)
+            }
+            return self.__dict__[key]
+        return super().__getattr__(key)
+
+
+def register_coco_format(name: str, json_file: str, image_root: str) -> None:
+    """Makes a COCO-format data set known to Detectron2 under a name.
+
+    The metadata has thing_classes, thing_dataset_id_to_contiguous_id (class numbers by ascending id),
+    json_file, image_root and evaluator_type "coco". Files are read when first needed, not here. Registering
+    the same thing twice is fine.
+
+    Args:
+        name: the name to use in DATASETS.TRAIN and DATASETS.TEST.
+        json_file: path of the annotation file; "~" is expanded.
+        image_root: folder that the file names in it start from; "~" is expanded.
+
+    Raises:
+        ValueError: the name already stands for something else.
+    """
+    json_file, image_root = os.path.expanduser(json_file), os.path.expanduser(image_root)
+    if name in DatasetCatalog:
+        known = MetadataCatalog.get(name)
+        if isinstance(known, CocoFormatMetadata) and (known.json_file, known.image_root) == (
+            json_file,
+            image_root,
+        ):
+            return
+        owner = known.json_file if isinstance(known, CocoFormatMetadata) else "another data set of Detectron2"
+        raise ValueError(
+            f"The name {name!r} in {CONFIG_KEY} is already taken by {owner}. Choose another name for "
+            f"{json_file}."
+        )
+    DatasetCatalog.register(name, lambda: read_coco_json(json_file, image_root))
+    settings = {"json_file": json_file, "image_root": image_root, "evaluator_type": "coco"}
+    MetadataCatalog[name] = CocoFormatMetadata(name=name, **settings)
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Registers every entry of `cfg.DATASETS.COCO_FORMAT`, a list of [name, json_file, image_root].
+
+    Raises:
+        ValueError: an entry is not three strings, or its name is taken.
+    """
+    for entry in cfg.DATASETS.COCO_FORMAT:
+        if not (
+            isinstance(entry, (list, tuple))
+            and len(entry) == 3
+            and all(isinstance(part, str) and part for part in entry)
+        ):
+            raise ValueError(
+                f"{CONFIG_KEY} has the entry {entry!r}; each must be [name, annotation file, picture "
+                f"folder], and the whole a list of such: [['cells_train', 'train.json', 'images']]."
+            )
+        register_coco_format(*entry)
+
+
+def check_pictures(dicts: Sequence[dict[str, Any]], image_root: str | None = None) -> None:
+    """Checks that the picture files exist, without opening them.
+
+    Of more than 20000 pictures, 20000 spread evenly over the list are looked at, and the log says so.
+
+    Args:
+        dicts: Detectron2 dataset dicts.
+        image_root: the picture folder to name in the error; by default the first missing picture's.
+
+    Raises:
+        ValueError: pictures are missing; with their number and the first few.
+    """
+    names = [str(record["file_name"]) for record in dicts if "file_name" in record]
+    if len(names) > _CHECKED_PICTURES:
+        _logger.info("Looking for %d of %d pictures, spread evenly.", _CHECKED_PICTURES, len(names))
+        names = [names[i * len(names) // _CHECKED_PICTURES] for i in range(_CHECKED_PICTURES)]
+    missing = [name for name in names if not os.path.exists(name)]
+    if missing:
+        examples = ", ".join(missing[:_NAMED_EXAMPLES]) + (", ..." if len(missing) > _NAMED_EXAMPLES else "")
+        raise ValueError(
+            f"{len(missing)} of {len(names)} pictures looked for are missing from the picture folder "
+            f"{image_root or os.path.dirname(missing[0])}: {examples}. Correct the folder in {CONFIG_KEY} "
+            "(for Detectron2's built-in data sets: the environment variable DETECTRON2_DATASETS)."
+        )
+
+
+def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
+    """Dataset dicts of `cfg.DATASETS.TRAIN`, checked before the first step.
+
+    Like Detectron2's get_detection_dataset_dicts, pictures without objects are dropped only where
+    `DATALOADER.FILTER_EMPTY_ANNOTATIONS` says so.
+
+    Raises:
+        ValueError: no or unknown names, an annotation file at fault, one without annotations, no usable box
+            in all sets together, missing pictures, or class names that differ between the sets of
+            DATASETS.TRAIN, or between them and a set of DATASETS.TEST, so that results would be mislabelled.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError(f"DATASETS.TRAIN is empty. Name there what {CONFIG_KEY} or Detectron2 declares.")
+    check_class_names(cfg)
+    dicts: list[dict[str, Any]] = []
+    for name in cfg.DATASETS.TRAIN:
+        try:
+            part = get_detection_dataset_dicts(name, filter_empty=False, check_consistency=False)
+        except FileNotFoundError as error:  # of a built-in data set; ours is a ValueError that says more
+            raise ValueError(
+                f"The data set {name!r} in DATASETS.TRAIN is not here ({error}). Detectron2's built-in data "
+                "sets are looked for below the folder in the environment variable DETECTRON2_DATASETS."
+            ) from error
+        if any("annotations" not in record for record in part):
+            raise ValueError(
+                f"The data set {name!r} in DATASETS.TRAIN has no annotations "
+                f"({MetadataCatalog.get(name).get('json_file', 'registered elsewhere')}): it can be predicted "
+                "on (DATASETS.TEST) but not trained on."
+            )
+        check_pictures(part, MetadataCatalog.get(name).get("image_root"))
+        dicts.extend(part)
+    if not any(not annotation.get("iscrowd", 0) for record in dicts for annotation in record["annotations"]):
+        raise ValueError(
+            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has {len(dicts)} pictures but not one usable box: "
+            f"there is nothing to train on. Check the annotation files in {CONFIG_KEY}."
+        )
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        dicts = filter_images_with_only_crowd_annotations(dicts)
+    class_names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+    if class_names:
+        print_instances_class_histogram(dicts, class_names)
+    return dicts
+
+
+def check_class_names(cfg: CfgNode) -> None:
+    """Checks that one class number means one name in all sets of DATASETS.TRAIN and DATASETS.TEST.
+
+    A test set may have more classes at the end than the training sets. One whose class names cannot be had
+    (not registered, or its file is not here) is named in a warning: training does not need it.
+
+    Raises:
+        ValueError: a training set is not registered, or the names differ; with both lists.
+    """
+    train_names = {name: _class_names(name, "DATASETS.TRAIN") for name in cfg.DATASETS.TRAIN}
+    first, reference = next(iter(train_names.items()))
+    for name, names in train_names.items():
+        if names != reference:
+            raise _mislabelled(first, reference, name, names, "DATASETS.TRAIN")
+    for name in cfg.DATASETS.TEST:
+        try:
+            names = _class_names(name, "DATASETS.TEST")
+        except ValueError as error:
+            _logger.warning("Evaluation on %r will fail: %s", name, error)
+            continue
+        if reference is not None and names is not None and names[: len(reference)] != reference:
+            raise _mislabelled(first, reference, name, names, "DATASETS.TEST")
+
+
+def _class_names(name: str, key: str) -> list[str] | None:
+    if name not in DatasetCatalog:
+        raise ValueError(
+            f"{key} names {name!r}, which is no registered data set. Add [{name!r}, annotation file, picture "
+            f"folder] to {CONFIG_KEY}, or correct the name."
+        )
+    names = MetadataCatalog.get(name).get("thing_classes")
+    return None if names is None else list(names)
+
+
+def _mislabelled(
+    first: str, reference: list[str] | None, name: str, names: list[str] | None, key: str
+) -> ValueError:
+    return ValueError(
+        f"Class names differ, so results would be mislabelled: {first!r} in DATASETS.TRAIN has {reference}, "
+        f"{name!r} in {key} has {names} (in the order of their category ids). Give both the same categories."
+    )

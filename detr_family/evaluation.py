@@ -1,0 +1,113 @@
+"""Evaluation of boxes by Detectron2's evaluators, also where a user's annotation file is incomplete.
+
+pycocotools needs an id, an area and iscrowd in every annotation, takes an annotation with id 0 for an
+unmatched one, and gives wrong figures or none for repeated ids and NaN boxes. Data sets registered through
+`DATASETS.COCO_FORMAT` are therefore evaluated on what their file was read as (see datasets/coco_json.py),
+with annotations numbered anew. Image and category ids stay the file's own in all results.
+"""
+
+import json
+import os
+import tempfile
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+
+from .datasets.coco import CocoFormatMetadata
+
+
+def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> DatasetEvaluator:
+    """The evaluator for a data set: COCO's box AP unless the data set brings its own protocol (LVIS, VOC).
+
+    Args:
+        cfg: the whole config.
+        name: a registered data set's name.
+        output_dir: where coco_instances_results.json goes; by default OUTPUT_DIR/inference.
+
+    Raises:
+        ValueError: no evaluator for this kind of data set, or its annotation file is at fault.
+    """
+    output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
+    metadata = MetadataCatalog.get(name)
+    if isinstance(metadata, CocoFormatMetadata):
+        return CocoFormatEvaluator(name, output_dir)
+    kind = metadata.get("evaluator_type")
+    if kind in (None, "coco", "coco_panoptic_seg"):
+        return COCOEvaluator(name, tasks=("bbox",), output_dir=output_dir)
+    if kind == "lvis":
+        return LVISEvaluator(name, tasks=("bbox",), output_dir=output_dir)
+    if kind == "pascal_voc":
+        return PascalVOCDetectionEvaluator(name)
+    raise ValueError(
+        f"DATASETS.TEST has {name!r} of evaluator type {kind!r}, for which there is no box evaluation."
+    )
+
+
+class CocoFormatEvaluator(COCOEvaluator):
+    """COCOEvaluator on a data set registered by register_coco_format.
+
+    Without annotations in its file only the predictions are written.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | None, distributed: bool = True) -> None:
+        """See class.
+
+        Args:
+            dataset_name: the registered name.
+            output_dir: where coco_instances_results.json goes; None writes nothing.
+            distributed: whether to collect predictions from all ranks.
+        """
+        known = MetadataCatalog.get(dataset_name)
+        # The base class takes the annotation file from the catalog: it is shown a passing entry.
+        entry = f"{dataset_name} as read"
+        with tempfile.TemporaryDirectory() as folder:
+            json_file = os.path.join(folder, "annotations.json")
+            with open(json_file, "w", encoding="utf-8") as file:
+                json.dump(completed_annotations(dataset_name), file)
+            MetadataCatalog[entry] = type(known)(**{**known.as_dict(), "json_file": json_file})
+            try:
+                super().__init__(entry, tasks=("bbox",), distributed=distributed, output_dir=output_dir)
+            finally:
+                MetadataCatalog.pop(entry)
+        self._metadata = known
+
+
+def completed_annotations(dataset_name: str) -> dict[str, Any]:
+    """A registered data set in COCO's format, complete: annotation ids from 1, area and iscrowd in each.
+
+    Args:
+        dataset_name: a name registered by register_coco_format.
+
+    Returns:
+        What a COCO annotation file holds; without "annotations" where the data set's file has none.
+    """
+    records = DatasetCatalog.get(dataset_name)
+    metadata = MetadataCatalog.get(dataset_name)
+    ids = list(metadata.thing_dataset_id_to_contiguous_id)
+    result: dict[str, Any] = {
+        "info": {},
+        "images": [
+            {"id": record["image_id"], **{key: record[key] for key in ("file_name", "height", "width")}}
+            for record in records
+        ],
+        "categories": [
+            {"id": identifier, "name": name}
+            for identifier, name in zip(ids, metadata.thing_classes, strict=True)
+        ],
+    }
+    if all("annotations" in record for record in records):
+        flat = [
+            (record["image_id"], annotation) for record in records for annotation in record["annotations"]
+        ]
+        result["annotations"] = [
+            {
+                "id": number,
+                "image_id": image_id,
+                "category_id": ids[annotation["category_id"]],
+                **{key: annotation[key] for key in ("bbox", "area", "iscrowd")},
+            }
+            for number, (image_id, annotation) in enumerate(flat, start=1)
+        ]
+    return result

@@ -1,0 +1,237 @@
+"""Pictures of predictions beside ground truth, and curves of a run.
+
+Drawn with PIL: Detectron2's Visualizer needs OpenCV, which a Detectron2 installation may lack, and its labels
+do not fit pictures of a hundred pixels.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.structures import Instances
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart (black left out: it is the lines' rim).
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2")
+_SHORTER_SIDE = 448  # smaller pictures are enlarged by a whole factor until about here
+_GAP, _TITLE_HEIGHT = 12, 30
+_FONT_SIZE = 15
+
+_Rectangle = tuple[float, float, float, float]
+
+
+def draw_comparison(
+    image: Image.Image | np.ndarray,
+    predictions: Instances,
+    truth: Instances,
+    class_names: Sequence[str],
+    score_threshold: float = 0.5,
+) -> Image.Image:
+    """Predictions on the left, ground truth on the right, in one colour for each class.
+
+    Args:
+        image: RGB, as a PIL image or a uint8 array (H, W, 3).
+        predictions: with pred_boxes (x1, y1, x2, y2 in pixels of the image), scores and pred_classes.
+        truth: with gt_boxes (likewise) and gt_classes.
+        class_names: name of each class number.
+        score_threshold: predictions below this score are not drawn.
+
+    Returns:
+        An RGB picture of both panels; small images are enlarged so that labels can be read.
+
+    Raises:
+        ValueError: a class number has no name.
+    """
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
+    picture = picture.convert("RGB")
+    factor = max(1, round(_SHORTER_SIDE / min(picture.size)))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+
+    scores = predictions.scores.tolist()
+    shown = sorted((i for i, score in enumerate(scores) if score >= score_threshold), key=lambda i: scores[i])
+    predicted_boxes, predicted_classes = (
+        predictions.pred_boxes.tensor.tolist(),
+        predictions.pred_classes.tolist(),
+    )
+    left = _panel(
+        picture,
+        [[factor * edge for edge in predicted_boxes[i]] for i in shown],
+        [predicted_classes[i] for i in shown],
+        [f"{_name(class_names, predicted_classes[i])} {scores[i]:.2f}" for i in shown],
+    )
+    true_classes = truth.gt_classes.tolist()
+    right = _panel(
+        picture,
+        [[factor * edge for edge in box] for box in truth.gt_boxes.tensor.tolist()],
+        true_classes,
+        [_name(class_names, number) for number in true_classes],
+    )
+    canvas = Image.new("RGB", (2 * picture.width + _GAP, picture.height + _TITLE_HEIGHT), "white")
+    draw = ImageDraw.Draw(canvas)
+    hidden = len(scores) - len(shown)
+    below = f" ({hidden} below {score_threshold:g} not shown)" if hidden else ""
+    titles = (f"predictions: {len(shown)}{below}", f"ground truth: {len(truth)}")
+    for panel, title, x in zip((left, right), titles, (0, picture.width + _GAP), strict=True):
+        canvas.paste(panel, (x, _TITLE_HEIGHT))
+        draw.text((x + 4, _TITLE_HEIGHT / 2), title, fill="black", font=_font(_FONT_SIZE + 1), anchor="lm")
+    return canvas
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """Detectron2's metrics.json: one dict for each iteration written, in ascending order.
+
+    Where a resumed run wrote an iteration again, the later line's values count. A line cut short is skipped.
+
+    Args:
+        path: the file, one JSON object a line, each with "iteration".
+
+    Raises:
+        ValueError: the file is missing or has no such line.
+    """
+    merged: dict[int, dict[str, Any]] = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.readlines()
+    except OSError as error:
+        raise ValueError(
+            f"There is no metrics file {path} ({error.strerror}): did the training start?"
+        ) from error
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("iteration"), int):
+            merged.setdefault(values["iteration"], {}).update(values)
+    if not merged:
+        raise ValueError(f"{path} has no line with an iteration: it is no metrics file of Detectron2.")
+    return [merged[iteration] for iteration in sorted(merged)]
+
+
+def plot_metrics(metrics_json: str, out_png: str) -> None:
+    """Draws the loss and the AP of a run over its iterations into one PNG.
+
+    Args:
+        metrics_json: Detectron2's metrics.json. Values that are not finite are left out and marked.
+        out_png: the picture to write.
+
+    Raises:
+        ValueError: see read_metrics.
+    """
+    metrics = read_metrics(metrics_json)
+    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, ap_axes = figure.subplots(2, 1, sharex=True)
+
+    iterations, losses = _series(metrics, "total_loss")
+    loss_axes.plot(iterations, losses, color=COLOURS[6], label="total loss")
+    broken = [
+        entry["iteration"]
+        for entry in metrics
+        if "total_loss" in entry and not math.isfinite(entry["total_loss"] or 0.0)
+    ]
+    for number, iteration in enumerate(broken):
+        loss_axes.axvline(iteration, color=COLOURS[4], linestyle=":", label=None if number else "not finite")
+    loss_axes.set_ylabel("training loss")
+    loss_axes.set_ylim(bottom=0)
+    loss_axes.legend(frameon=False)
+
+    keys = sorted({key for entry in metrics for key in entry if key.endswith(("bbox/AP", "bbox/AP50"))})
+    for number, key in enumerate(keys):
+        iterations, values = _series(metrics, key)
+        colour, marker = (COLOURS[4], "o") if key.endswith("AP50") else (COLOURS[2], "s")
+        colour = colour if len(keys) <= 2 else COLOURS[number % len(COLOURS)]
+        label = key.replace("bbox/", "").replace("/", " ")
+        ap_axes.plot(iterations, values, color=colour, marker=marker, markersize=4, label=label)
+        if values:
+            ap_axes.annotate(
+                f"{values[-1]:.1f}",
+                (iterations[-1], values[-1]),
+                (6, 0),
+                textcoords="offset points",
+                va="center",
+            )
+    ap_axes.set_ylabel("box AP on the test set (%)")
+    ap_axes.set_xlabel("iteration")
+    ap_axes.set_ylim(0, 100)
+    ap_axes.margins(x=0.07)
+    if keys:
+        ap_axes.legend(frameon=False, loc="upper left")
+    else:
+        ap_axes.text(0.5, 0.5, "no evaluation yet", transform=ap_axes.transAxes, ha="center", va="center")
+    for axes in (loss_axes, ap_axes):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out_png, dpi=120)
+
+
+def _series(metrics: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    points = [
+        (entry["iteration"], entry[key]) for entry in metrics if isinstance(entry.get(key), (int, float))
+    ]
+    points = [(iteration, value) for iteration, value in points if math.isfinite(value)]
+    return [iteration for iteration, _ in points], [value for _, value in points]
+
+
+def _name(class_names: Sequence[str], number: int) -> str:
+    if not 0 <= number < len(class_names):
+        raise ValueError(
+            f"Class {number} has no name: the data set of DATASETS.TEST has {len(class_names)} classes "
+            f"({', '.join(class_names)}). Was the model trained on another data set?"
+        )
+    return class_names[number]
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size=size)
+
+
+def _panel(
+    picture: Image.Image, boxes: Sequence[Sequence[float]], classes: Sequence[int], labels: Sequence[str]
+) -> Image.Image:
+    """A copy of the picture with boxes (x1, y1, x2, y2 in its pixels), labels above all lines."""
+    panel = picture.copy()
+    draw = ImageDraw.Draw(panel)
+    colours = [COLOURS[number % len(COLOURS)] for number in classes]
+    for (x1, y1, x2, y2), colour in zip(boxes, colours, strict=True):
+        x1, x2 = sorted(min(max(x, 0.0), panel.width - 1.0) for x in (x1, x2))
+        y1, y2 = sorted(min(max(y, 0.0), panel.height - 1.0) for y in (y1, y2))
+        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=5)  # stands out on any ground
+        draw.rectangle((x1, y1, x2, y2), outline=colour, width=3)
+    font = _font(_FONT_SIZE)
+    taken: list[_Rectangle] = []
+    for box, colour, label in reversed(list(zip(boxes, colours, labels, strict=True))):  # best scores first
+        width, height = draw.textlength(label, font=font) + 6, _FONT_SIZE + 5.0
+        place = _label_place(box, width, height, panel.size, taken)
+        taken.append(place)
+        draw.rectangle(place, fill=colour, outline="black")
+        ink = "white" if colour in ("#0072B2", "#009E73", "#D55E00") else "black"
+        draw.text((place[0] + 3, (place[1] + place[3]) / 2), label, fill=ink, font=font, anchor="lm")
+    return panel
+
+
+def _label_place(
+    box: Sequence[float], width: float, height: float, panel: tuple[int, int], taken: Sequence[_Rectangle]
+) -> _Rectangle:
+    """Where a label hides least: tried around and inside the box, that overlapping others least."""
+    x1, y1, x2, y2 = box
+    corners = [(x1, y1 - height), (x1, y2), (x2 - width, y1 - height), (x2 - width, y2)]
+    corners += [(x2, y1), (x1 - width, y1), (x1, y1), (x1, y2 - height), (x2, y2 - height)]
+    places = []
+    for x, y in corners:
+        inside_x = min(max(x, 0.0), max(panel[0] - 1 - width, 0.0))
+        inside_y = min(max(y, 0.0), max(panel[1] - 1 - height, 0.0))
+        moved = abs(inside_x - x) + abs(inside_y - y)
+        place = (inside_x, inside_y, inside_x + width, inside_y + height)
+        places.append((sum(_overlap(place, other) for other in taken) + 10 * moved, place))
+    return min(places, key=lambda candidate: candidate[0])[1]
+
+
+def _overlap(first: _Rectangle, second: _Rectangle) -> float:
+    across = min(first[2], second[2]) - max(first[0], second[0])
+    down = min(first[3], second[3]) - max(first[1], second[1])
+    return max(across, 0.0) * max(down, 0.0)

@@ -1,0 +1,27 @@
+"""Writes the generated shapes data set: python tools/make_shapes.py FOLDER."""
+
+import argparse
+
+from detr_family.datasets.shapes import write_shapes
+
+
+def main() -> None:
+    """Parses the command line and writes the data set."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--train", type=int, default=1000, help="pictures to train on")
+    parser.add_argument("--val", type=int, default=200, help="pictures to evaluate on")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(96, 112), help="least and greatest side in pixels"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        entries = write_shapes(args.folder, args.train, args.val, tuple(args.size), args.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f'DATASETS.COCO_FORMAT "{[list(entry) for entry in entries]}"')
+
+
+if __name__ == "__main__":
+    main()
