@@ -163,7 +163,7 @@ class DETRCheckpointer(DetectionCheckpointer):
         if not backbone_only:
             self._check(checkpoint)
         incompatible = super()._load_model(checkpoint)
-        if len(incompatible.missing_keys) == len(self.model.state_dict()):
+        if {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
             raise ValueError(f"no weight in {self._path} belongs to this model: correct MODEL.WEIGHTS")
         return incompatible
 

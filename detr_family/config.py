@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode
+import difflib
+from collections.abc import Iterator, Sequence
+
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
@@ -83,6 +86,53 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.DATASETS.COCO_FORMAT = []
 
 
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Detectron2's defaults and detr_family's, a config file over them, and KEY VALUE pairs over that.
+
+    Args:
+        config_file: a YAML file; empty for the defaults alone.
+        opts: keys and values in turn, as on a command line. A whole number is taken where a key is a float.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a key that does not exist (similar ones are named), a value of the wrong type, a key
+            without a value.
+    """
+    cfg = get_cfg()
+    add_detr_family_config(cfg)
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file)
+        if len(opts) % 2:
+            raise ValueError(f"{opts[-1]!r} on the command line has no value: give KEY VALUE pairs")
+        for key, value in zip(opts[::2], opts[1::2], strict=True):
+            cfg.merge_from_list([key, _as_float(cfg, key, value)])
+    except (KeyError, AssertionError) as error:  # yacs says which key, and asserts on those of opts
+        text = str(error.args[0]) if error.args else str(error)
+        known = list(_keys(cfg))
+        wrong = text.rsplit(": ", 1)[-1] if "key" in text.lower() else text
+        similar = difflib.get_close_matches(wrong, known, n=3)
+        hint = f"; similar: {', '.join(similar)}" if similar else ""
+        raise ValueError(f"{text}{hint}") from error
+    return cfg
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _as_float(cfg: CfgNode, key: str, value: str) -> str:
+    """`value`, with a decimal point where the key is a float and the value a whole number."""
+    node = cfg
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, CfgNode) else None
+    return f"{value}.0" if isinstance(node, float) and value.lstrip("+-").isdigit() else value
+
+
 def class_names(cfg: CfgNode) -> list[str] | None:
     """Names of the classes, as the metadata of the first training set (else test set) says.
 
@@ -123,3 +173,19 @@ def num_classes(cfg: CfgNode) -> int:
             "set one of the two"
         )
     return len(names)
+
+
+def check_class_count(cfg: CfgNode) -> None:
+    """Compare MODEL.DETR.NUM_CLASSES with the data set's metadata.
+
+    Raises:
+        ValueError: they disagree; the message has the data set's contiguous ids and names.
+    """
+    names = class_names(cfg)
+    count = num_classes(cfg)
+    if names is not None and len(names) != count:
+        listing = ", ".join(f"{i}: {name}" for i, name in enumerate(names))
+        raise ValueError(
+            f"MODEL.DETR.NUM_CLASSES is {count}, but {(cfg.DATASETS.TRAIN or cfg.DATASETS.TEST)[0]} has "
+            f"{len(names)} classes ({listing}): set it to {len(names)}, or to -1"
+        )

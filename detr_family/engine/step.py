@@ -1,0 +1,146 @@
+"""One training step: mixed precision, clipping of the whole gradient, and what happens to a loss of NaN."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from detr_family.criterion import mean_over_ranks
+
+
+class TrainStep(SimpleTrainer):
+    """Detectron2's `SimpleTrainer` with a step of our own.
+
+    It differs from Detectron2's in four ways: it works with and without mixed precision, clips the norm of
+    the whole gradient, averages the losses over processes by one reduction of numbers in place of gathering
+    pickled dicts, and looks at loss and gradient norm before the weights move.
+
+    Args:
+        model: returns a dict of losses; wrapped for several processes or not.
+        data_loader: yields lists of Detectron2's dicts.
+        optimizer: steps the model's parameters.
+        clip_norm: the largest L2 norm of the whole gradient; None does not clip.
+        amp: run the model under autocast with float16 and scale the loss.
+        nonfinite: "stop" raises, "skip" leaves out the step.
+        output_dir: where the batch of a loss that is not finite is saved.
+
+    Raises:
+        ValueError: `nonfinite` is neither.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[list[dict[str, Any]]],
+        optimizer: Optimizer,
+        *,
+        clip_norm: float | None,
+        amp: bool,
+        nonfinite: str,
+        output_dir: str,
+    ) -> None:
+        super().__init__(model, data_loader, optimizer)
+        if nonfinite not in ("stop", "skip"):
+            raise ValueError(f"SOLVER.NONFINITE is {nonfinite!r}; it may be 'stop' or 'skip'")
+        self.device = next(model.parameters()).device
+        self.clip_norm = clip_norm
+        self.amp = amp
+        self.nonfinite = nonfinite
+        self.output_dir = output_dir
+        self.skipped = 0
+        # Without float16 the scaler passes everything through.
+        self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp)
+
+    def run_step(self) -> None:
+        """Take a batch, backpropagate, look at the result, step.
+
+        Raises:
+            FloatingPointError: a loss or the gradient norm is not finite and `nonfinite` is "stop". The
+                weights are those from before the step; the batch is saved.
+        """
+        assert self.model.training, "the model was left in evaluation mode"
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+
+        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.amp):
+            losses = self.model(batch)
+        self.optimizer.zero_grad()
+        total = sum(losses.values())
+        self.grad_scaler.scale(total).backward()
+        self.after_backward()
+
+        values = {name: loss.detach() for name, loss in losses.items()}
+        if self.clip_norm is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            if not self.amp:  # under float16 an infinite gradient is the scaler's business
+                values["gradient norm"] = norm
+        # Under float16 the scaler itself leaves out a step whose gradient is not finite, and learns from it.
+        if self._finite(values, batch, data_time) or self.amp:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+
+    def _finite(self, values: dict[str, Tensor], batch: list[dict[str, Any]], data_time: float) -> bool:
+        """Log this step's numbers, averaged over processes; stop or say False where one is not finite.
+
+        A number that is not finite on one rank makes the mean so on all: every rank decides alike.
+        """
+        means_tensor = mean_over_ranks(torch.stack(list(values.values())))
+        means = dict(zip(values, means_tensor.tolist(), strict=True))  # waits for the device, as the matcher does
+        bad = next((name for name, x in means.items() if not abs(x) < float("inf")), None)
+        if bad is None:
+            storage = get_event_storage()
+            storage.put_scalar("data_time", data_time)
+            norm = means.pop("gradient norm", None)
+            if norm is not None:
+                storage.put_scalar("grad_norm", norm)
+            storage.put_scalar("total_loss", sum(means.values()))
+            storage.put_scalars(**means)
+            return True
+
+        message = self._report(bad, means[bad], values, batch)
+        if self.nonfinite == "stop":
+            raise FloatingPointError(
+                f"{message}. The weights are those from before this step; with SOLVER.NONFINITE skip the run goes on"
+            )
+        self.skipped += 1
+        logging.getLogger(__name__).error("%s. Step skipped, the %d. of this run", message, self.skipped)
+        return False
+
+    def _report(self, bad: str, value: float, values: dict[str, Tensor], batch: list[dict[str, Any]]) -> str:
+        """Save this rank's batch and say in one line what is known."""
+        pictures = [str(x.get("file_name", "?")) for x in batch]
+        path = os.path.join(self.output_dir, f"nonfinite_iter{self.iter}_rank{comm.get_rank()}.pth")
+        os.makedirs(self.output_dir, exist_ok=True)
+        plain = [{k: v for k, v in x.items() if k != "instances"} for x in batch]
+        for x, saved in zip(batch, plain, strict=True):
+            saved["gt_boxes"] = x["instances"].gt_boxes.tensor
+            saved["gt_classes"] = x["instances"].gt_classes
+        torch.save({"batch": plain, "values": {k: float(v) for k, v in values.items()}}, path)
+        rates = sorted({group["lr"] for group in self.optimizer.param_groups}, reverse=True)
+        return (
+            f"{bad} is {value} at iteration {self.iter}, learning rate {' and '.join(f'{x:g}' for x in rates)}, "
+            f"on the pictures {', '.join(pictures)}; this batch is saved in {path}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer and gradient scaler, beside the iteration."""
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The reverse of `state_dict`."""
+        super().load_state_dict(state_dict)
+        if state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
