@@ -1,5 +1,5 @@
 """Data sets: users' own in COCO format, and a generated one to try things on."""
 
-from .coco import check_pictures, register_coco_format, register_datasets, training_dicts
+from detr_family.datasets.coco import check_pictures, register_coco_format, register_datasets, training_dicts
 
 __all__ = ["check_pictures", "register_coco_format", "register_datasets", "training_dicts"]

@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
 from detectron2.data.catalog import Metadata
 
-from .coco_json import CONFIG_KEY, read_categories, read_coco_json
+from detr_family.datasets.coco_json import CONFIG_KEY, read_categories, read_coco_json
 
 _CHECKED_PICTURES = 20000
 _NAMED_EXAMPLES = 5
@@ -142,8 +142,8 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
         if any("annotations" not in record for record in part):
             raise ValueError(
                 f"The data set {name!r} in DATASETS.TRAIN has no annotations "
-                f"({MetadataCatalog.get(name).get('json_file', 'registered elsewhere')}): it can be predicted "
-                "on (DATASETS.TEST) but not trained on."
+                f"({MetadataCatalog.get(name).get('json_file', 'registered elsewhere')}): it can be "
+                "predicted on (DATASETS.TEST) but not trained on."
             )
         check_pictures(part, MetadataCatalog.get(name).get("image_root"))
         dicts.extend(part)
