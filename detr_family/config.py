@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator, Sequence
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -89,6 +91,8 @@ def add_detr_family_config(cfg: CfgNode) -> None:
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Detectron2's defaults and detr_family's, a config file over them, and KEY VALUE pairs over that.
 
+    Where MODEL.DEVICE asks for CUDA and there is none it becomes "cpu", with a warning.
+
     Args:
         config_file: a YAML file; empty for the defaults alone.
         opts: keys and values in turn, as on a command line. A whole number is taken where a key is a float.
@@ -114,6 +118,9 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         similar = difflib.get_close_matches(wrong, known, n=3)
         hint = f"; similar: {', '.join(similar)}" if similar else ""
         raise ValueError(f"{text}{hint}") from error
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("No CUDA device is to be had: MODEL.DEVICE is cpu.")
+        cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 

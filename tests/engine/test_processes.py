@@ -1,0 +1,46 @@
+"""Two processes on the CPU compute what one computes on the doubled batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from detectron2.engine import create_ddp_model, launch
+from detectron2.utils import comm
+
+Result = tuple[dict[str, float], dict[str, torch.Tensor]]
+
+
+def losses_and_gradients(name: str, batches: list[list[dict[str, Any]]], path: str) -> None:
+    torch.set_num_threads(1)
+    model = create_ddp_model(tiny.build(name).train(), broadcast_buffers=False, device_ids=None)
+    losses = model(batches[comm.get_rank()])
+    sum(losses.values()).backward()
+    gathered = comm.gather({k: v.item() for k, v in losses.items()})
+    if comm.is_main_process():
+        mean = {k: sum(x[k] for x in gathered) / len(gathered) for k in losses}
+        gradients = {k.removeprefix("module."): p.grad for k, p in model.named_parameters() if p.requires_grad}
+        torch.save((mean, gradients), path)
+
+
+def in_processes(name: str, batches: list[list[dict[str, Any]]], path: Path) -> Result:
+    launch(losses_and_gradients, len(batches), dist_url="auto", args=(name, batches, str(path)))
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny.DETECTORS)
+@pytest.mark.parametrize("counts", [(3, 2, 1, 5), (3, 2, 0, 0), (0, 0, 0, 0)], ids=str)
+def test_two_processes_equal_one_with_the_doubled_batch(name: str, counts: tuple[int, ...], tmp_path: Path) -> None:
+    """The second case has a rank without boxes, the third no boxes at all: nothing hangs, nothing is unused."""
+    inputs = tiny.batch(counts)
+    one, one_gradients = in_processes(name, [inputs], tmp_path / "one")
+    two, two_gradients = in_processes(name, [inputs[:2], inputs[2:]], tmp_path / "two")
+    assert one.keys() == two.keys()
+    for key in one:
+        assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), key
+    for key, gradient in one_gradients.items():
+        torch.testing.assert_close(two_gradients[key], gradient, rtol=1e-3, atol=1e-5, msg=key)
