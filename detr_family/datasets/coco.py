@@ -63,8 +63,7 @@ def register_coco_format(name: str, json_file: str, image_root: str) -> None:
             return
         owner = known.json_file if isinstance(known, CocoFormatMetadata) else "another data set of Detectron2"
         raise ValueError(
-            f"The name {name!r} in {CONFIG_KEY} is already taken by {owner}. Choose another name for "
-            f"{json_file}."
+            f"The name {name!r} in {CONFIG_KEY} is already taken by {owner}. Choose another name for {json_file}."
         )
     DatasetCatalog.register(name, lambda: read_coco_json(json_file, image_root))
     settings = {"json_file": json_file, "image_root": image_root, "evaluator_type": "coco"}
@@ -194,9 +193,7 @@ def _class_names(name: str, key: str) -> list[str] | None:
     return None if names is None else list(names)
 
 
-def _mislabelled(
-    first: str, reference: list[str] | None, name: str, names: list[str] | None, key: str
-) -> ValueError:
+def _mislabelled(first: str, reference: list[str] | None, name: str, names: list[str] | None, key: str) -> ValueError:
     return ValueError(
         f"Class names differ, so results would be mislabelled: {first!r} in DATASETS.TRAIN has {reference}, "
         f"{name!r} in {key} has {names} (in the order of their category ids). Give both the same categories."
