@@ -43,15 +43,11 @@ class DETRDatasetMapper(DatasetMapper):
         arguments: dict[str, Any] = super().from_config(cfg, is_train)
         if is_train and cfg.INPUT.CROP.ENABLED:
             if not cfg.INPUT.CROP.RESIZE:
-                raise ValueError(
-                    "INPUT.CROP.RESIZE is empty; give shorter sides in pixels, e.g. [400, 500, 600]."
-                )
+                raise ValueError("INPUT.CROP.RESIZE is empty; give shorter sides in pixels, e.g. [400, 500, 600].")
             # Detectron2 puts its crop first and always applies it.
             crop = arguments["augmentations"][0]
             resize = T.ResizeShortestEdge(list(cfg.INPUT.CROP.RESIZE), sample_style="choice")
-            arguments["augmentations"][0] = T.RandomApply(
-                T.AugmentationList([resize, crop]), _CROP_PROBABILITY
-            )
+            arguments["augmentations"][0] = T.RandomApply(T.AugmentationList([resize, crop]), _CROP_PROBABILITY)
         return arguments
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -72,11 +68,7 @@ class DETRDatasetMapper(DatasetMapper):
             raise ValueError(
                 f"{path}: {error} (Sizes are compared after turning the picture by its EXIF orientation.)"
             ) from error
-        except (
-            OSError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:  # what PIL raises on damaged files
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL, on damaged files
             raise _unreadable(path, error) from error
         return mapped
 

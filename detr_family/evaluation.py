@@ -40,9 +40,7 @@ def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> D
         return LVISEvaluator(name, tasks=("bbox",), output_dir=output_dir)
     if kind == "pascal_voc":
         return PascalVOCDetectionEvaluator(name)
-    raise ValueError(
-        f"DATASETS.TEST has {name!r} of evaluator type {kind!r}, for which there is no box evaluation."
-    )
+    raise ValueError(f"DATASETS.TEST has {name!r} of evaluator type {kind!r}, for which there is no box evaluation.")
 
 
 class CocoFormatEvaluator(COCOEvaluator):
@@ -93,14 +91,11 @@ def completed_annotations(dataset_name: str) -> dict[str, Any]:
             for record in records
         ],
         "categories": [
-            {"id": identifier, "name": name}
-            for identifier, name in zip(ids, metadata.thing_classes, strict=True)
+            {"id": identifier, "name": name} for identifier, name in zip(ids, metadata.thing_classes, strict=True)
         ],
     }
     if all("annotations" in record for record in records):
-        flat = [
-            (record["image_id"], annotation) for record in records for annotation in record["annotations"]
-        ]
+        flat = [(record["image_id"], annotation) for record in records for annotation in record["annotations"]]
         result["annotations"] = [
             {
                 "id": number,

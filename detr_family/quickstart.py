@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import annotations_to_instances, read_image
 from detectron2.modeling import build_model
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.config import add_detr_family_config
+from detr_family.config import load_config
 from detr_family.dataset_mapper import DETRDatasetMapper
 from detr_family.datasets.coco import register_datasets
 from detr_family.datasets.shapes import write_shapes
@@ -30,9 +30,7 @@ _DRAWN = 16
 _DRAWN_SCORE = 0.5
 
 
-def quickstart(
-    train_net: Path, config_file: Path, output: Path, device: str | None = None
-) -> tuple[float, float]:
+def quickstart(train_net: Path, config_file: Path, output: Path, device: str | None = None) -> tuple[float, float]:
     """Writes shapes, trains and evaluates with train_net.py, draws predictions and curves.
 
     A folder left by an earlier call, finished or interrupted, is cleared first, its data/ excepted.
@@ -74,23 +72,16 @@ def quickstart(
         raise ValueError(f"The training ended with exit status {status}; the reason stands above.")
 
     _say("Drawing predictions and curves")
-    cfg = get_cfg()
-    add_detr_family_config(cfg)
-    cfg.merge_from_file(str(config_file))
-    cfg.merge_from_list(options)
+    cfg = load_config(str(config_file), options)
     draw_predictions(cfg, str(output / "model_final.pth"), output / "pictures", _DRAWN, _DRAWN_SCORE)
     plot_metrics(str(output / "metrics.json"), str(output / "curves.png"))
     evaluated = [entry for entry in read_metrics(str(output / "metrics.json")) if "bbox/AP" in entry]
     if not evaluated:
-        raise ValueError(
-            f"{output / 'metrics.json'} has no bbox/AP: the recipe {config_file} never evaluates."
-        )
+        raise ValueError(f"{output / 'metrics.json'} has no bbox/AP: the recipe {config_file} never evaluates.")
     return float(evaluated[-1]["bbox/AP"]), float(evaluated[-1]["bbox/AP50"])
 
 
-def draw_predictions(
-    cfg: CfgNode, weights: str, folder: Path, count: int, score_threshold: float
-) -> list[Path]:
+def draw_predictions(cfg: CfgNode, weights: str, folder: Path, count: int, score_threshold: float) -> list[Path]:
     """Draws predictions beside ground truth for the first pictures of DATASETS.TEST[0].
 
     Args:
@@ -132,9 +123,7 @@ def _clear(output: Path) -> None:
     if output.is_dir() and any(output.iterdir()) and not marker.is_file():
         raise ValueError(f"{output} holds something that quickstart did not make. Choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
-    marker.write_text(
-        json.dumps({"note": "quickstart clears this folder when it is run again"}), encoding="utf-8"
-    )
+    marker.write_text(json.dumps({"note": "quickstart clears this folder when it is run again"}), encoding="utf-8")
     for entry in output.iterdir():
         if entry.name in (_MARKER, "data"):
             continue

@@ -97,9 +97,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
         with open(path, encoding="utf-8") as file:
             lines = file.readlines()
     except OSError as error:
-        raise ValueError(
-            f"There is no metrics file {path} ({error.strerror}): did the training start?"
-        ) from error
+        raise ValueError(f"There is no metrics file {path} ({error.strerror}): did the training start?") from error
     for line in lines:
         try:
             values = json.loads(line)
@@ -128,7 +126,8 @@ def plot_metrics(metrics_json: str, out_png: str) -> None:
     loss_axes, ap_axes = figure.subplots(2, 1, sharex=True)
 
     iterations, losses = _series(metrics, "total_loss")
-    loss_axes.plot(iterations, losses, color=COLOURS[6], label="total loss")
+    marker = "." if len(losses) < 20 else ""
+    loss_axes.plot(iterations, losses, color=COLOURS[6], marker=marker, label="total loss")
     broken = [
         entry["iteration"]
         for entry in metrics
@@ -170,9 +169,7 @@ def plot_metrics(metrics_json: str, out_png: str) -> None:
 
 
 def _series(metrics: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = [
-        (entry["iteration"], entry[key]) for entry in metrics if isinstance(entry.get(key), (int, float))
-    ]
+    points = [(entry["iteration"], entry[key]) for entry in metrics if isinstance(entry.get(key), (int, float))]
     points = [(iteration, value) for iteration, value in points if math.isfinite(value)]
     return [iteration for iteration, _ in points], [value for _, value in points]
 

@@ -18,7 +18,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         entries = write_shapes(args.folder, args.train, args.val, tuple(args.size), args.seed)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f'DATASETS.COCO_FORMAT "{[list(entry) for entry in entries]}"')
 

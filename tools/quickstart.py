@@ -21,7 +21,7 @@ def main() -> None:
         ap, ap50 = quickstart(root / "train_net.py", args.config_file, args.output, args.device)
     except KeyboardInterrupt:
         sys.exit("quickstart: interrupted; run it again to start anew")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"quickstart: {error}")
     print(f"AP {ap:.1f}, AP50 {ap50:.1f} on the validation pictures")
     print(

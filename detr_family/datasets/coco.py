@@ -11,7 +11,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.catalog import Metadata
 
 from detr_family.datasets.coco_json import CONFIG_KEY, read_categories, read_coco_json
@@ -63,8 +63,7 @@ def register_coco_format(name: str, json_file: str, image_root: str) -> None:
             return
         owner = known.json_file if isinstance(known, CocoFormatMetadata) else "another data set of Detectron2"
         raise ValueError(
-            f"The name {name!r} in {CONFIG_KEY} is already taken by {owner}. Choose another name for "
-            f"{json_file}."
+            f"The name {name!r} in {CONFIG_KEY} is already taken by {owner}. Choose another name for {json_file}."
         )
     DatasetCatalog.register(name, lambda: read_coco_json(json_file, image_root))
     settings = {"json_file": json_file, "image_root": image_root, "evaluator_type": "coco"}
@@ -129,11 +128,11 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
     """
     if not cfg.DATASETS.TRAIN:
         raise ValueError(f"DATASETS.TRAIN is empty. Name there what {CONFIG_KEY} or Detectron2 declares.")
-    check_class_names(cfg)
     dicts: list[dict[str, Any]] = []
     for name in cfg.DATASETS.TRAIN:
+        _check_registered(name, "DATASETS.TRAIN")
         try:
-            part = get_detection_dataset_dicts(name, filter_empty=False, check_consistency=False)
+            part = get_detection_dataset_dicts(name, filter_empty=False)
         except FileNotFoundError as error:  # of a built-in data set; ours is a ValueError that says more
             raise ValueError(
                 f"The data set {name!r} in DATASETS.TRAIN is not here ({error}). Detectron2's built-in data "
@@ -147,6 +146,7 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
             )
         check_pictures(part, MetadataCatalog.get(name).get("image_root"))
         dicts.extend(part)
+    check_class_names(cfg)  # after loading: Detectron2's own loader only then knows the names
     if not any(not annotation.get("iscrowd", 0) for record in dicts for annotation in record["annotations"]):
         raise ValueError(
             f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has {len(dicts)} pictures but not one usable box: "
@@ -154,25 +154,25 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
         )
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         dicts = filter_images_with_only_crowd_annotations(dicts)
-    class_names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
-    if class_names:
-        print_instances_class_histogram(dicts, class_names)
     return dicts
 
 
 def check_class_names(cfg: CfgNode) -> None:
     """Checks that one class number means one name in all sets of DATASETS.TRAIN and DATASETS.TEST.
 
-    A test set may have more classes at the end than the training sets. One whose class names cannot be had
-    (not registered, or its file is not here) is named in a warning: training does not need it.
+    A test set may have more classes at the end than the training sets. A set that names no classes is not
+    compared. A test set whose names cannot be had (not registered, or its file is not here) is told in a
+    warning: training does not need it.
 
     Raises:
         ValueError: a training set is not registered, or the names differ; with both lists.
     """
-    train_names = {name: _class_names(name, "DATASETS.TRAIN") for name in cfg.DATASETS.TRAIN}
-    first, reference = next(iter(train_names.items()))
-    for name, names in train_names.items():
-        if names != reference:
+    first, reference = "", None
+    for name in cfg.DATASETS.TRAIN:
+        names = _class_names(name, "DATASETS.TRAIN")
+        if reference is None:
+            first, reference = name, names
+        elif names is not None and names != reference:
             raise _mislabelled(first, reference, name, names, "DATASETS.TRAIN")
     for name in cfg.DATASETS.TEST:
         try:
@@ -184,19 +184,21 @@ def check_class_names(cfg: CfgNode) -> None:
             raise _mislabelled(first, reference, name, names, "DATASETS.TEST")
 
 
-def _class_names(name: str, key: str) -> list[str] | None:
+def _check_registered(name: str, key: str) -> None:
     if name not in DatasetCatalog:
         raise ValueError(
             f"{key} names {name!r}, which is no registered data set. Add [{name!r}, annotation file, picture "
             f"folder] to {CONFIG_KEY}, or correct the name."
         )
+
+
+def _class_names(name: str, key: str) -> list[str] | None:
+    _check_registered(name, key)
     names = MetadataCatalog.get(name).get("thing_classes")
     return None if names is None else list(names)
 
 
-def _mislabelled(
-    first: str, reference: list[str] | None, name: str, names: list[str] | None, key: str
-) -> ValueError:
+def _mislabelled(first: str, reference: list[str], name: str, names: list[str], key: str) -> ValueError:
     return ValueError(
         f"Class names differ, so results would be mislabelled: {first!r} in DATASETS.TRAIN has {reference}, "
         f"{name!r} in {key} has {names} (in the order of their category ids). Give both the same categories."

@@ -132,9 +132,7 @@ def _load(json_file: str) -> dict[str, Any]:
             f"Correct its path in {CONFIG_KEY}; a relative path starts from {os.getcwd()}.",
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _fault(
-            json_file, f"the file is not JSON ({error})", "Export it again in COCO format."
-        ) from error
+        raise _fault(json_file, f"the file is not JSON ({error})", "Export it again in COCO format.") from error
     if not isinstance(data, dict):
         raise _fault(
             json_file,
@@ -183,9 +181,7 @@ def _categories(json_file: str, data: dict[str, Any]) -> dict[int, str]:
         raise _fault(json_file, '"categories" is empty', "List the classes there, each with id and name.")
     used = list(names.values())
     return {
-        identifier: f"{names[identifier]} (id {identifier})"
-        if used.count(names[identifier]) > 1
-        else names[identifier]
+        identifier: f"{names[identifier]} (id {identifier})" if used.count(names[identifier]) > 1 else names[identifier]
         for identifier in sorted(names)
     }
 
@@ -208,9 +204,7 @@ def _images(json_file: str, image_root: str, entries: list[dict[str, Any]]) -> d
         width, height = size
         records[identifier] = {"file_name": path, "height": height, "width": width, "image_id": identifier}
     if not records:
-        raise _fault(
-            json_file, '"images" is empty: the data set has no pictures', "Give a file with pictures."
-        )
+        raise _fault(json_file, '"images" is empty: the data set has no pictures', "Give a file with pictures.")
     return records
 
 

@@ -59,9 +59,7 @@ def write_shapes(
     if num_train < 1 or num_val < 1:
         raise ValueError(f"num_train {num_train} and num_val {num_val} must be at least 1.")
     if not 32 <= recipe.size[0] <= recipe.size[1]:
-        raise ValueError(
-            f"size {recipe.size} must be two lengths in pixels, the smaller first and at least 32."
-        )
+        raise ValueError(f"size {recipe.size} must be two lengths in pixels, the smaller first and at least 32.")
     if seed < 0:
         raise ValueError(f"seed {seed} must not be negative.")
     root = os.path.abspath(os.path.expanduser(root))
@@ -76,9 +74,7 @@ def write_shapes(
         return entries
     if found is None:
         for taken in (path for entry in entries for path in entry[1:] if os.path.exists(path)):
-            raise ValueError(
-                f"{taken} is there and was not made by this tool. Give another folder than {root}."
-            )
+            raise ValueError(f"{taken} is there and was not made by this tool. Give another folder than {root}.")
     os.makedirs(root, exist_ok=True)
     _write_json(stamp, {**wanted, "complete": False})
     for split, ((_, json_file, folder), count) in enumerate(zip(entries, (num_train, num_val), strict=True)):
@@ -137,9 +133,7 @@ def _write_split(json_file: str, folder: str, count: int, recipe: _Recipe, split
     os.makedirs(folder, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in tqdm(
-        range(count), desc=f"drawing {os.path.basename(folder)} pictures", delay=2, mininterval=1
-    ):
+    for index in tqdm(range(count), desc=f"drawing {os.path.basename(folder)} pictures", delay=2, mininterval=1):
         # A generator for each picture: the first hundred are the same whatever the count.
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([recipe.seed, split, index])))
         picture, objects = draw_shapes(rng, recipe.size)

@@ -328,6 +328,18 @@ def test_class_names_that_differ(coco_folder, place):
         training_dicts(cfg)
 
 
+def test_sets_registered_through_detectron2_are_compared_once_loaded(coco_folder):
+    from detectron2.data.datasets import register_coco_instances
+
+    for name, categories in (("same", CATEGORIES), ("other", OTHER_NAMES)):
+        json_file = write(coco_folder, {"categories": categories}, f"{name}.json")
+        register_coco_instances(name, {}, json_file, str(coco_folder))
+    entries = [("one", write(coco_folder), str(coco_folder))]
+    assert len(training_dicts(config(["one", "same"], ["same"], entries))) == 6
+    with pytest.raises(ValueError, match=r"Class names differ.*'other' in DATASETS.TRAIN"):
+        training_dicts(config(["one", "other"], [], entries))
+
+
 def test_test_set_with_fewer_classes_would_not_fit(coco_folder):
     fewer = write(coco_folder, {"categories": [{"id": 3, "name": "white"}], "annotations": []}, "two.json")
     cfg = config(["one"], ["two"], [("one", write(coco_folder), str(coco_folder)), ("two", fewer, str(coco_folder))])

@@ -110,8 +110,12 @@ def test_finished_data_set_is_used_again_and_an_interrupted_one_redone(tmp_path,
     with pytest.raises(KeyboardInterrupt):
         write_shapes(str(tmp_path), 4, 2, seed=1)
     monkeypatch.undo()
+    write_shapes(str(tmp_path), 4, 2, seed=1)  # the interrupted one does not pass for complete
+    write_shapes(str(tmp_path / "fresh"), 4, 2, seed=1)
+    redone = contents(tmp_path)
+    assert all(redone[name] == content for name, content in contents(tmp_path / "fresh").items())
     write_shapes(str(tmp_path), 4, 2)
-    assert contents(tmp_path) == before
+    assert all(contents(tmp_path)[name] == content for name, content in before.items())
 
 
 def test_another_data_set_is_not_overwritten(tmp_path):
