@@ -106,7 +106,8 @@ def their_value(name: str, state: dict[str, Tensor]) -> Tensor | None:
         norms = {"self_attn_layer_norm": "norm1", "encoder_attn_layer_norm": "norm2"}
         norms["final_layer_norm"] = "norm2" if part == "encoder" else "norm3"
         linear = re.search(r"fc(\d)", rest)
-        return state[f"{prefix}linear{linear[1]}.{suffix}" if linear else f"{prefix}{norms[rest.split('.')[0]]}.{suffix}"]
+        module = f"linear{linear[1]}" if linear else norms[rest.split(".")[0]]
+        return state[f"{prefix}{module}.{suffix}"]
     plain = {
         "model.query_position_embeddings.weight": "query_embed.weight",
         "model.input_projection": "input_proj",
