@@ -32,7 +32,7 @@ from typing import IO, Callable, Dict, List, Optional, Tuple
 MINIMUM_PYTHON = (3, 10)
 MINIMUM_TORCH = (2, 10)
 VENV_COMMAND = ["-m", "venv", "--clear"]
-SOURCE_SUFFIXES = (".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp")
+SOURCE_SUFFIXES = (".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".inl")
 LIBRARY_SUFFIXES = (".so", ".pyd", ".dylib")
 CHECK = """
 import torch, torchvision, detectron2.modeling, detectron2.engine, detectron2.evaluation, detr_family
@@ -719,17 +719,18 @@ class Setup:
         return glob.glob(os.path.join(glob.escape(self.site()), "detectron2", "__init__.py"))
 
     def install_package(self, pip: Pip) -> List[str]:
-        """This package in editable mode, with its native operator where a compiler is there."""
-        pip.install("detr_family", "--no-build-isolation", "--no-deps", "-e", self.root)
+        """This package in editable mode, with its native libraries where a compiler is there."""
         package = os.path.join(self.root, "detr_family")
+        for path in find_files(package, LIBRARY_SUFFIXES):
+            os.remove(path)  # so that none of older sources stays where building fails
+        pip.install("detr_family", "--no-build-isolation", "--no-deps", "-e", self.root)
         libraries = find_files(package, LIBRARY_SUFFIXES)
         if libraries:
-            self.progress.say("      native operator: built")
+            names = ", ".join(os.path.basename(path).split(".")[0] for path in libraries)
+            self.progress.say("      native operator: built ({})".format(names))
         elif find_files(package, SOURCE_SUFFIXES):
             reason = "no C++ compiler is on PATH" if find_compiler() is None else "building it failed"
-            self.progress.say(
-                "      native operator: not built, {}; the pure-torch one is used".format(reason)
-            )
+            self.progress.say("      native operator: not built, {}; the pure-torch one is used".format(reason))
         return libraries
 
     def check(self, pip: Pip) -> List[str]:
