@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -49,7 +50,8 @@ TEMPORARY = ".detectron2-"  # what an interrupted try may leave in site-packages
 MODULES = tuple(f"detectron2.{name}" for name in ("config", "modeling", "data", "engine", "evaluation"))
 REQUIREMENTS = (
     "cloudpickle", "fvcore", "hydra-core>=1.1", "iopath", "matplotlib", "omegaconf>=2.1", "packaging",
-    "Pillow>=7.1", "pycocotools>=2.0.2", "tabulate", "tensorboard", "termcolor>=1.1", "tqdm>4.29.0", "yacs>=0.1.8",
+    "Pillow>=7.1", "pycocotools>=2.0.2", "tabulate", "tensorboard", "termcolor>=1.1", "tqdm>4.29.0",
+    "yacs>=0.1.8",
 )  # fmt: skip
 
 
@@ -88,16 +90,19 @@ def why_not_from_repository() -> str | None:
     if shutil.which("git") is None:
         return "there is no git"
     environment = dict(os.environ, GIT_TERMINAL_PROMPT="0", GIT_ASKPASS="true")
+    nothing = subprocess.DEVNULL
+    command = ["git", "ls-remote", REPOSITORY, "HEAD"]
+    process = subprocess.Popen(
+        command, stdin=nothing, stdout=nothing, stderr=nothing, env=environment, start_new_session=True
+    )
     try:
-        result = subprocess.run(
-            ["git", "ls-remote", REPOSITORY, "HEAD"],
-            capture_output=True, stdin=subprocess.DEVNULL, env=environment, timeout=REACH_SECONDS,
-        )  # fmt: skip
+        return None if process.wait(REACH_SECONDS) == 0 else "its repository cannot be reached"
     except subprocess.TimeoutExpired:
         return f"its repository did not answer in {REACH_SECONDS} s"
-    except OSError as error:
-        return f"git does not run ({error.strerror})"
-    return None if result.returncode == 0 else "its repository cannot be reached"
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)  # git and the helper that it waits for
+            process.wait()
 
 
 def build_from_repository(pip: Pip, site: Path) -> str | None:

@@ -729,8 +729,8 @@ class Setup:
             names = ", ".join(os.path.basename(path).split(".")[0] for path in libraries)
             self.progress.say("      native operator: built ({})".format(names))
         elif find_files(package, SOURCE_SUFFIXES):
-            reason = "no C++ compiler is on PATH" if find_compiler() is None else "building it failed"
-            self.progress.say("      native operator: not built, {}; the pure-torch one is used".format(reason))
+            reason = "no C++ compiler found" if find_compiler() is None else "building it failed"
+            self.progress.say("      native operator: not built, {}: pure torch is used".format(reason))
         return libraries
 
     def check(self, pip: Pip) -> List[str]:
