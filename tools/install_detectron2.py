@@ -120,10 +120,8 @@ def build_from_repository(pip: Pip, site: Path) -> str | None:
     clear_leftovers(site)
     if network_reason(output) or re.search(r"unable to access|git (?:clone|fetch)\b.* did not run", output):
         return "its repository could not be read"
-    error = next(
-        (line.strip() for line in output.splitlines() if re.search(r"\b\w*[Ee]rror: ", line)), "see pip's log"
-    )
-    return f"building it failed ({error[:120]})"
+    errors = [line.strip() for line in output.splitlines() if re.search(r"\b\w*[Ee]rror: ", line)]
+    return f"building it failed ({errors[0][:120]})" if errors else "building it failed"
 
 
 def clear_leftovers(site: Path) -> None:
@@ -148,7 +146,7 @@ def download_republication(pip: Pip, folder: Path) -> Path:
         "--dest", str(folder), "--requirement", str(listing),
     )  # fmt: skip
     if status != 0:
-        raise SetupError(explain_pip_failure(name, output))
+        raise SetupError(explain_pip_failure(name, output, pip.log))
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1 or hashlib.sha256(wheels[0].read_bytes()).hexdigest() != SHA256:
         raise SetupError(f"{name} is refused: the downloaded file has another sha256 than the pinned one.")
@@ -231,8 +229,11 @@ def main() -> int:
     """Install Detectron2 where it is missing; returns the exit status."""
     progress = Progress(sys.stderr)
     site = Path(sysconfig.get_paths()["purelib"])
+    root = Path(__file__).resolve().parents[1]
+    state = Path(sys.prefix) / ".setup"  # there is one in a .venv that setup_env.py has made
+    pip = Pip(sys.executable, progress, str(state / "pip.log") if state.is_dir() else None, str(root))
     try:
-        line = install(Pip(sys.executable, progress, cwd=tempfile.gettempdir()), site)
+        line = install(pip, site)
     except SetupError as error:
         print(f"\nDetectron2 is not installed. {without_hosts(str(error))}", file=sys.stderr)
         return 1

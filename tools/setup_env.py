@@ -225,7 +225,7 @@ def explain_pip_failure(what: str, output: str, log: Optional[str] = None) -> st
 
 
 class Pip:
-    """pip of one environment, run visibly; its first call gives up quickly where there is no network."""
+    """pip of one environment, run visibly; where there is no network it gives up quickly."""
 
     def __init__(
         self, python: str, progress: Progress, log: Optional[str] = None, cwd: Optional[str] = None,
@@ -236,23 +236,35 @@ class Pip:
         self.log = log
         self.cwd = cwd
         self.keep_open = keep_open
-        self._reached = False
+        self.version: Optional[Tuple[int, ...]] = None
+        self._unreachable: Optional[bool] = None
 
     def run(self, *arguments: str) -> Tuple[int, str]:
         """Run `pip ARGUMENTS`; returns its exit status and output."""
-        patience = (
-            ["--timeout", "60", "--retries", "3"] if self._reached else ["--timeout", "15", "--retries", "1"]
-        )
+        patience: List[str] = []  # as pip is configured: a slow index may need its time for a large file
+        if "--no-index" not in arguments:
+            if self._unreachable is None:
+                self._unreachable = self._is_unreachable()
+            if self._unreachable:  # perhaps all is there already
+                patience = ["--timeout", "5", "--retries", "0"]
+        return self._call(patience + list(arguments))
+
+    def _is_unreachable(self) -> bool:
+        """Whether not even a small file can be fetched, found out quickly."""
+        with tempfile.TemporaryDirectory() as folder:
+            patience = ["--timeout", "15", "--retries", "1"]
+            status, output = self._call(patience + ["download", "--no-deps", "--dest", folder, "wheel"])
+        return status != 0 and network_reason(output) is not None
+
+    def _call(self, arguments: List[str]) -> Tuple[int, str]:
         environment = dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_USER="0", PYTHONUNBUFFERED="1")
-        environment["PIP_PROGRESS_BAR"] = "raw" if self._version() >= (24, 1) else "off"
+        environment["PIP_PROGRESS_BAR"] = "raw" if self._find_version() >= (24, 1) else "off"
         environment["PIP_ROOT_USER_ACTION"] = "ignore"
         environment["GIT_TERMINAL_PROMPT"] = "0"
-        status, output = run_logged(
-            [self.python, "-m", "pip", "--no-input"] + patience + list(arguments),
+        return run_logged(
+            [self.python, "-m", "pip", "--no-input"] + arguments,
             self.progress, self.log, env=environment, cwd=self.cwd, pass_fds=self.keep_open,
         )  # fmt: skip
-        self._reached = self._reached or status == 0
-        return status, output
 
     def install(self, what: str, *arguments: str) -> None:
         """Run `pip install ARGUMENTS`; raises SetupError with one clear message where that fails."""
@@ -260,10 +272,12 @@ class Pip:
         if status != 0:
             raise SetupError(explain_pip_failure(what, output, self.log))
 
-    def _version(self) -> Tuple[int, ...]:
-        code = "import pip; print(pip.__version__)"
-        text = subprocess.check_output([self.python, "-c", code], universal_newlines=True, cwd=self.cwd)
-        return version_tuple(text)
+    def _find_version(self) -> Tuple[int, ...]:
+        if self.version is None:
+            command = [self.python, "-c", "import pip; print(pip.__version__)"]
+            text = subprocess.check_output(command, universal_newlines=True, cwd=self.cwd)
+            self.version = version_tuple(text)
+        return self.version
 
 
 # ---------------------------------------------------------------- Python itself
@@ -407,6 +421,7 @@ class Setup:
         self.constraints = os.path.join(root, "requirements", "constraints.txt")
         self.progress = Progress()
         self.lock: Optional[int] = None
+        self._site: Optional[str] = None
         self.scratch = tempfile.TemporaryDirectory(prefix="set-up-") if here else None
         for name in extras:
             if not os.path.isfile(self.requirements(name)):
@@ -517,10 +532,10 @@ class Setup:
 
     def site(self) -> str:
         """The site-packages folder of the environment."""
-        code = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-        return subprocess.check_output(
-            [self.python, "-c", code], universal_newlines=True, cwd=self.root
-        ).strip()
+        if self._site is None:
+            command = [self.python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]
+            self._site = subprocess.check_output(command, universal_newlines=True, cwd=self.root).strip()
+        return self._site
 
     def take_lock(self) -> None:
         """Wait until no other set-up works in this folder. pip holds the lock too: an orphan counts."""
@@ -641,8 +656,8 @@ class Setup:
 
     def install_build_tools(self, pip: Pip) -> List[str]:
         """pip, setuptools, wheel and ninja; `here` only what is missing."""
-        what = self.requirements("build")
-        pip.install("the build tools", "-r", what, *self.constraint_options())
+        pip.install("the build tools", "-r", self.requirements("build"), *self.constraint_options())
+        pip.version = None  # it may be another one now
         return [os.path.join(self.site(), "setuptools")]
 
     def install_torch(self, pip: Pip) -> List[str]:
@@ -723,7 +738,7 @@ class Setup:
         package = os.path.join(self.root, "detr_family")
         for path in find_files(package, LIBRARY_SUFFIXES):
             os.remove(path)  # so that none of older sources stays where building fails
-        pip.install("detr_family", "--no-build-isolation", "--no-deps", "-e", self.root)
+        pip.install("detr_family", "--no-index", "--no-build-isolation", "--no-deps", "-e", self.root)
         libraries = find_files(package, LIBRARY_SUFFIXES)
         if libraries:
             names = ", ".join(os.path.basename(path).split(".")[0] for path in libraries)
