@@ -21,6 +21,8 @@ help:
 setup:
 	@command -v "$(PYTHON)" >/dev/null 2>&1 || \
 		{ echo "There is no $(PYTHON) on PATH. Install Python 3.10 or newer, or name it with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 6))" || \
+		{ echo "$(PYTHON) is too old. Install Python 3.10 or newer and name it with PYTHON=..." >&2; exit 1; }
 	@$(SETUP)
 
 quickstart: setup

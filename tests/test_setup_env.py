@@ -311,12 +311,20 @@ def test_a_build_that_fails_gives_the_wheel_and_leaves_no_half(bare):
 
 
 def test_a_git_that_hangs_is_given_up(bare):
-    bare.command("git", "/bin/sleep 600 &\nwait")
+    helper = bare.folder / "helper.pid"
+    bare.command("git", f'/bin/sleep 600 &\necho $! > "{helper}"\nwait')
     start = time.time()
-    result = run_install(bare, bare.sha256, more="module.REACH_SECONDS = 0.3")
+    result = run_install(bare, bare.sha256, more="module.REACH_SECONDS = 1")
     assert time.time() - start < 300
     assert result.returncode == 0, result.stderr
     assert "did not answer" in result.stdout
+    ps = shutil.which("ps")
+    for attempt in range(100 if ps else 0):  # the helper that git had started ends too
+        state = bare.run(ps, "-o", "stat=", "-p", helper.read_text().strip()).stdout.strip()
+        if state in ("", "Z"):
+            break
+        assert attempt < 99, "the helper still runs"
+        time.sleep(0.1)
 
 
 def test_without_network_there_is_one_message_without_addresses(bare):
