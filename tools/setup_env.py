@@ -738,14 +738,17 @@ class Setup:
         package = os.path.join(self.root, "detr_family")
         for path in find_files(package, LIBRARY_SUFFIXES):
             os.remove(path)  # so that none of older sources stays where building fails
-        pip.install("detr_family", "--no-index", "--no-build-isolation", "--no-deps", "-e", self.root)
+        # -v brings the compiler's words into the log
+        pip.install("detr_family", "-v", "--no-index", "--no-build-isolation", "--no-deps", "-e", self.root)
         libraries = find_files(package, LIBRARY_SUFFIXES)
         if libraries:
             names = ", ".join(os.path.basename(path).split(".")[0] for path in libraries)
             self.progress.say("      native operator: built ({})".format(names))
         elif find_files(package, SOURCE_SUFFIXES):
-            reason = "no C++ compiler found" if find_compiler() is None else "building it failed"
-            self.progress.say("      native operator: not built, {}: pure torch is used".format(reason))
+            reason = "there is no C++ compiler"
+            if find_compiler() is not None:
+                reason = "building it failed" + (", see .venv/.setup/pip.log" if pip.log else "")
+            self.progress.say("      native operator: not built ({}); pure torch is used".format(reason))
         return libraries
 
     def check(self, pip: Pip) -> List[str]:
