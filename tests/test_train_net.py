@@ -1,0 +1,98 @@
+"""train_net.py as a user runs it: train, evaluate, resume, several processes, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from detr_family.datasets.shapes import write_shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Command-line options that name a small data set and a tiny detector."""
+    entries = write_shapes(str(tmp_path_factory.mktemp("shapes")), 24, 8)
+    return [
+        *("DATASETS.COCO_FORMAT", repr([list(entry) for entry in entries])),
+        *("DATASETS.TRAIN", repr((entries[0][0],))),
+        *("DATASETS.TEST", repr((entries[1][0],))),
+        *("MODEL.DETR.HIDDEN_DIM", "16", "MODEL.DETR.NUM_HEADS", "2", "MODEL.DETR.FEEDFORWARD_DIM", "24"),
+        *("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "4", "SEED", "7", "DATALOADER.NUM_WORKERS", "0"),
+        *("SOLVER.CHECKPOINT_PERIOD", "3", "TEST.EVAL_PERIOD", "3", "SOLVER.STEPS", "()"),
+    ]
+
+
+def train_net(*arguments: str, config: str = "detr_quickstart") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(ROOT / f"configs/{config}.yaml")]
+    return subprocess.run(
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_train_then_evaluate_then_resume(data: list[str], tmp_path: Path) -> None:
+    options = [*data, "OUTPUT_DIR", str(tmp_path)]
+    run = train_net(*options, "SOLVER.MAX_ITER", "3")
+    assert run.returncode == 0, run.stderr[-2000:]
+    last = metrics(tmp_path)[-1]
+    assert {"bbox/AP", "bbox/AP50", "total_loss", "loss_ce", "loss_giou_0", "lr", "grad_norm"} <= last.keys()
+
+    run = train_net("--eval-only", *options, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"))
+    assert run.returncode == 0, run.stderr[-2000:]
+    line = [x for x in (run.stdout + run.stderr).splitlines() if "copypaste" in x][-1]
+    assert float(line.rsplit(" ", 1)[-1].split(",")[0]) == pytest.approx(last["bbox/AP"], abs=1e-3)
+    assert (tmp_path / "inference" / "coco_instances_results.json").is_file()
+
+    run = train_net("--resume", *options, "SOLVER.MAX_ITER", "6")
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "Starting training from iteration 3" in run.stdout + run.stderr
+    assert metrics(tmp_path)[-1]["iteration"] == 5
+    assert (tmp_path / "model_0000005.pth").is_file()
+
+
+def test_two_processes_start_with_the_loss_of_one(data: list[str], tmp_path: Path) -> None:
+    options = [*data, "SOLVER.MAX_ITER", "1", "INPUT.RANDOM_FLIP", "none", "DATASETS.TEST", "()"]
+    totals = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        run = train_net("--num-gpus", str(count), *options, "OUTPUT_DIR", str(folder))
+        assert run.returncode == 0, run.stderr[-2000:]
+        totals.append(metrics(folder)[-1]["total_loss"])
+    assert totals[1] == pytest.approx(totals[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["MODEL.DETR.NUM_QUERYS", "9"], "similar: MODEL.DETR.NUM_QUERIES"),
+        (["MODEL.DETR.NUM_CLASSES", "5"], "MODEL.DETR.NUM_CLASSES is 5"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "there is no checkpoint 'nowhere.pth': correct MODEL.WEIGHTS"),
+        (["DATASETS.TRAIN", "('unheard_of',)"], "unheard_of"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH 0"),
+        (["DATASETS.COCO_FORMAT", "[['a', 'b']]"], "DATASETS.COCO_FORMAT"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x[0],
+)
+def test_mistakes_end_with_one_clear_line(
+    data: list[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    run = train_net(*data, "OUTPUT_DIR", str(tmp_path), *arguments)
+    assert run.returncode != 0
+    assert message in run.stderr.strip().splitlines()[-1], run.stderr[-2000:]
