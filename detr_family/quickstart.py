@@ -27,7 +27,6 @@ from detr_family.visualize import draw_comparison, plot_metrics, read_metrics
 _MARKER = "made_by_quickstart.json"
 _TRAIN_PICTURES, _VAL_PICTURES = 1500, 200
 _DRAWN = 16
-_DRAWN_SCORE = 0.5
 
 
 def quickstart(train_net: Path, config_file: Path, output: Path, device: str | None = None) -> tuple[float, float]:
@@ -73,7 +72,7 @@ def quickstart(train_net: Path, config_file: Path, output: Path, device: str | N
 
     _say("Drawing predictions and curves")
     cfg = load_config(str(config_file), options)
-    draw_predictions(cfg, str(output / "model_final.pth"), output / "pictures", _DRAWN, _DRAWN_SCORE)
+    draw_predictions(cfg, str(output / "model_final.pth"), output / "pictures", _DRAWN)
     plot_metrics(str(output / "metrics.json"), str(output / "curves.png"))
     evaluated = [entry for entry in read_metrics(str(output / "metrics.json")) if "bbox/AP" in entry]
     if not evaluated:
@@ -81,15 +80,17 @@ def quickstart(train_net: Path, config_file: Path, output: Path, device: str | N
     return float(evaluated[-1]["bbox/AP"]), float(evaluated[-1]["bbox/AP50"])
 
 
-def draw_predictions(cfg: CfgNode, weights: str, folder: Path, count: int, score_threshold: float) -> list[Path]:
+def draw_predictions(cfg: CfgNode, weights: str, folder: Path, count: int) -> list[Path]:
     """Draws predictions beside ground truth for the first pictures of DATASETS.TEST[0].
+
+    Drawn are predictions that score 0.5 or more. Where those are fewer than the true boxes of all pictures
+    together, as after a short training, the threshold is lowered until they are as many.
 
     Args:
         cfg: the whole config; its COCO_FORMAT data sets are registered here.
         weights: checkpoint to load.
         folder: where the PNGs go, made if missing.
         count: how many pictures, at most.
-        score_threshold: predictions below it are not drawn.
 
     Returns:
         The files written.
@@ -100,18 +101,24 @@ def draw_predictions(cfg: CfgNode, weights: str, folder: Path, count: int, score
     DETRCheckpointer(model).load(weights)
     model.eval()
     mapper = DETRDatasetMapper(cfg, is_train=False)
+    records = DatasetCatalog.get(name)[:count]
+    with torch.no_grad():
+        predictions = [model([mapper(record)])[0]["instances"].to("cpu") for record in records]
+    truths = [
+        annotations_to_instances(record.get("annotations", []), (record["height"], record["width"]))
+        for record in records
+    ]
+    scores = torch.cat([found.scores for found in predictions]).sort(descending=True).values
+    wanted = min(sum(map(len, truths)), len(scores))
+    threshold = min(0.5, float(scores[wanted - 1])) if wanted else 0.5
+
     class_names = MetadataCatalog.get(name).thing_classes
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for record in DatasetCatalog.get(name)[:count]:
-        with torch.no_grad():
-            predictions = model([mapper(record)])[0]["instances"].to("cpu")
-        truth = annotations_to_instances(record.get("annotations", []), (record["height"], record["width"]))
-        picture = draw_comparison(
-            read_image(record["file_name"], "RGB"), predictions, truth, class_names, score_threshold
-        )
+    for record, found, truth in zip(records, predictions, truths, strict=True):
+        image = read_image(record["file_name"], "RGB")
         written.append(folder / f"{Path(record['file_name']).stem}.png")
-        picture.save(written[-1])
+        draw_comparison(image, found, truth, class_names, threshold).save(written[-1])
     return written
 
 

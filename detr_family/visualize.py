@@ -73,7 +73,7 @@ def draw_comparison(
     canvas = Image.new("RGB", (2 * picture.width + _GAP, picture.height + _TITLE_HEIGHT), "white")
     draw = ImageDraw.Draw(canvas)
     hidden = len(scores) - len(shown)
-    below = f" ({hidden} below {score_threshold:g} not shown)" if hidden else ""
+    below = f" ({hidden} below {score_threshold:.2g} not shown)" if hidden else ""
     titles = (f"predictions: {len(shown)}{below}", f"ground truth: {len(truth)}")
     for panel, title, x in zip((left, right), titles, (0, picture.width + _GAP), strict=True):
         canvas.paste(panel, (x, _TITLE_HEIGHT))
@@ -140,23 +140,21 @@ def plot_metrics(metrics_json: str, out_png: str) -> None:
     loss_axes.legend(frameon=False)
 
     keys = sorted({key for entry in metrics for key in entry if key.endswith(("bbox/AP", "bbox/AP50"))})
+    highest = 4.0
     for number, key in enumerate(keys):
         iterations, values = _series(metrics, key)
         colour, marker = (COLOURS[4], "o") if key.endswith("AP50") else (COLOURS[2], "s")
         colour = colour if len(keys) <= 2 else COLOURS[number % len(COLOURS)]
         label = key.replace("bbox/", "").replace("/", " ")
         ap_axes.plot(iterations, values, color=colour, marker=marker, markersize=4, label=label)
+        highest = max([highest, *values])
         if values:
-            ap_axes.annotate(
-                f"{values[-1]:.1f}",
-                (iterations[-1], values[-1]),
-                (6, 0),
-                textcoords="offset points",
-                va="center",
-            )
+            up = 6 if key.endswith("AP50") else -6
+            end = (iterations[-1], values[-1])
+            ap_axes.annotate(f"{values[-1]:.1f}", end, (6, up), textcoords="offset points", va="center")
     ap_axes.set_ylabel("box AP on the test set (%)")
     ap_axes.set_xlabel("iteration")
-    ap_axes.set_ylim(0, 100)
+    ap_axes.set_ylim(0, min(100.0, 1.25 * highest))
     ap_axes.margins(x=0.07)
     if keys:
         ap_axes.legend(frameon=False, loc="upper left")

@@ -72,10 +72,11 @@ def test_evaluation_equals_detectron2s_on_a_complete_file(coco_folder):
     from detectron2.evaluation import COCOEvaluator
 
     annotations = [{**annotation, "id": annotation["id"] + 1} for annotation in ANNOTATIONS]
+    annotations.append({**annotations[0], "id": 4, "bbox": [30, 20, 15, 15], "area": 100, "iscrowd": 1})
     register_coco_format("whole", write(coco_folder, {"annotations": annotations}), str(coco_folder))
 
     def keep(record, annotation):
-        return record["image_id"] == 4
+        return record["image_id"] == 4 or annotation["iscrowd"] == 1
 
     theirs = predict_truth("whole", COCOEvaluator("whole", tasks=("bbox",), output_dir=str(coco_folder)), keep)
     ours = predict_truth("whole", CocoFormatEvaluator("whole", None), keep)
