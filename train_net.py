@@ -12,10 +12,10 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
-from detr_family.datasets.coco import register_datasets
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import check_class_count, load_config
+from detr_family.datasets.coco import register_datasets
 from detr_family.engine import Trainer
 
 
