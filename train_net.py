@@ -12,6 +12,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import check_class_count, load_config
@@ -25,6 +27,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_datasets(cfg)
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_family")
     return cfg
 
 

@@ -141,25 +141,36 @@ def _as_float(cfg: CfgNode, key: str, value: str) -> str:
 
 
 def class_names(cfg: CfgNode) -> list[str] | None:
-    """Names of the classes, as the metadata of the first training set (else test set) says.
+    """Names of the classes, as the metadata of the first training set says, else that of the first test set.
 
     Returns:
         The names in contiguous order, or None where there is no data set or it has no names.
 
     Raises:
-        ValueError: a data set that is not registered.
+        ValueError: no data set can be asked: none is registered, or their annotation files cannot be read.
     """
-    for name in (*cfg.DATASETS.TRAIN[:1], *cfg.DATASETS.TEST[:1]):
+    errors = []
+    asked = (*cfg.DATASETS.TRAIN[:1], *cfg.DATASETS.TEST[:1])
+    for name in asked:
         if name not in DatasetCatalog.list():
-            raise ValueError(
-                f"data set {name!r} is not registered: name it in DATASETS.COCO_FORMAT with its annotation file and "
-                "picture folder, or correct DATASETS.TRAIN / DATASETS.TEST"
+            errors.append(
+                ValueError(
+                    f"data set {name!r} is not registered: name it in DATASETS.COCO_FORMAT with its annotation file "
+                    "and picture folder, or correct DATASETS.TRAIN / DATASETS.TEST"
+                )
             )
-        if not hasattr(MetadataCatalog.get(name), "thing_classes"):
-            DatasetCatalog.get(name)  # Detectron2's own COCO loader sets the names while loading
-        names = MetadataCatalog.get(name).get("thing_classes", None)
+            continue
+        try:
+            if not hasattr(MetadataCatalog.get(name), "thing_classes"):
+                DatasetCatalog.get(name)  # Detectron2's own COCO loader sets the names while loading
+            names = MetadataCatalog.get(name).get("thing_classes", None)
+        except ValueError as error:  # evaluation alone does not need the training set's file
+            errors.append(error)
+            continue
         if names is not None:
             return list(names)
+    if errors and len(errors) == len(asked):
+        raise errors[0]
     return None
 
 

@@ -1,0 +1,110 @@
+"""Keys, their errors, and where the classes come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from detr_family.config import check_class_count, class_names, load_config, num_classes
+from detr_family.datasets.coco import register_datasets
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_file_loads_and_is_short(path: Path) -> None:
+    load_config(str(path))
+    text = path.read_text()
+    assert len(text.splitlines()) <= (32 if path.stem.startswith("Base") else 25)
+    depth, base = 0, yaml.safe_load(text).get("_BASE_")
+    while base:
+        depth, base = depth + 1, yaml.safe_load((path.parent / base).read_text()).get("_BASE_")
+    assert depth <= 2
+
+
+def test_recipe_of_detr() -> None:
+    cfg = load_config(str(CONFIGS[0].parent / "detr_r101_dc5.yaml"))
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.BACKBONE_MULTIPLIER, cfg.SOLVER.WEIGHT_DECAY) == (1e-4, 0.1, 1e-4)
+    assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.DROP_EPOCHS, cfg.SOLVER.IMS_PER_BATCH) == (500, (400,), 64)
+    assert cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model" and cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE == 0.1
+    assert cfg.MODEL.RESNETS.DEPTH == 101 and cfg.MODEL.RESNETS.RES5_DILATION == 2
+    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False and cfg.INPUT.FORMAT == "RGB"
+    assert tuple(range(480, 801, 32)) == cfg.INPUT.MIN_SIZE_TRAIN and cfg.INPUT.MAX_SIZE_TRAIN == 1333
+    assert cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS is False and cfg.SOLVER.WARMUP_ITERS == 0
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.DETR.NUM_QUERYS", "5"], "similar: MODEL.DETR.NUM_QUERIES"),
+        (["MODEL.DTER.DROPOUT", "0.1"], "similar: MODEL.DETR.DROPOUT"),
+        (["MODEL.DETR.NUM_QUERIES", "many"], "MODEL.DETR.NUM_QUERIES"),
+        (["MODEL.DETR.NUM_QUERIES"], "has no value"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(opts: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load_config("", opts)
+    assert message in str(error.value)
+
+
+def test_mistakes_in_a_file_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("MODEL: {DETR: {NUM_QUERY: 3}}\n")
+    with pytest.raises(ValueError, match=r"MODEL\.DETR\.NUM_QUERY; similar: MODEL\.DETR\.NUM_QUERIES"):
+        load_config(str(path))
+
+
+def test_a_whole_number_is_a_float_where_one_is_needed() -> None:
+    cfg = load_config("", ["MODEL.DETR.DROPOUT", "0", "SOLVER.BASE_LR", "1", "SOLVER.MAX_ITER", "9"])
+    assert cfg.MODEL.DETR.DROPOUT == 0.0 and cfg.SOLVER.BASE_LR == 1.0 and cfg.SOLVER.MAX_ITER == 9
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_the_device_is_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    assert load_config("", ["MODEL.DEVICE", "cuda"]).MODEL.DEVICE == "cpu"
+    assert "MODEL.DEVICE is cpu" in caplog.text
+
+
+def test_classes_are_the_training_sets(cfg: CfgNode) -> None:
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("coco_2017_train",), ("coco_2017_val",)
+    assert num_classes(cfg) == 80 and class_names(cfg)[0] == "person"  # no file is read for it
+    cfg.MODEL.DETR.NUM_CLASSES = 80
+    check_class_count(cfg)
+    cfg.MODEL.DETR.NUM_CLASSES = 5
+    assert num_classes(cfg) == 5
+    with pytest.raises(ValueError, match=r"NUM_CLASSES is 5, but coco_2017_train has 80 classes \(0: person, 1"):
+        check_class_count(cfg)
+
+
+def test_evaluation_does_not_need_the_training_sets_file(cfg: CfgNode, tmp_path: Path) -> None:
+    (tmp_path / "val.json").write_text(json.dumps({"images": [], "categories": [{"id": 4, "name": "owl"}]}))
+    cfg.DATASETS.COCO_FORMAT = [
+        ["owls_train", str(tmp_path / "gone.json"), str(tmp_path)],
+        ["owls_val", str(tmp_path / "val.json"), str(tmp_path)],
+    ]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("owls_train",), ("owls_val",)
+    try:
+        register_datasets(cfg)
+        assert class_names(cfg) == ["owl"]
+        cfg.DATASETS.TEST = ()
+        with pytest.raises(ValueError, match=r"gone\.json"):
+            class_names(cfg)
+    finally:
+        for name in ("owls_train", "owls_val"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.pop(name)
+
+
+def test_no_data_set_and_no_count_is_an_error(cfg: CfgNode) -> None:
+    with pytest.raises(ValueError, match=r"NUM_CLASSES is -1 and no data set"):
+        num_classes(cfg)
+    cfg.DATASETS.TRAIN = ("never_heard_of",)
+    with pytest.raises(ValueError, match=r"'never_heard_of' is not registered.*DATASETS\.COCO_FORMAT"):
+        num_classes(cfg)
