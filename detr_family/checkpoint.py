@@ -101,7 +101,7 @@ class DETRCheckpointer(DetectionCheckpointer):
             kwargs.setdefault("class_names", list(self.class_names))
         super().save(name, **kwargs)
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint; what was stored beside weights and checkpointables is returned.
 
         Args:
@@ -114,7 +114,7 @@ class DETRCheckpointer(DetectionCheckpointer):
             FileNotFoundError: there is no such file, or it cannot be fetched.
             ValueError: the file is no checkpoint, or not one of this detector, or has other classes.
         """
-        self._path = path
+        self._path = path = os.fspath(path)
         try:
             if path:
                 self._require_file(path)
@@ -179,6 +179,15 @@ class DETRCheckpointer(DetectionCheckpointer):
         unexpected = [name for name in state if name not in model]
         if not (shapes or missing or unexpected):
             return
+        log = logging.getLogger(__name__)
+        log.warning(
+            "%s against the model: %s; %s; %s",
+            self._path,
+            _listing("missing", missing, most=len(missing)) or "nothing missing",
+            _listing("unexpected", unexpected, most=len(unexpected)) or "nothing unexpected",
+            _listing("of another shape", [f"{k} {a} here {b}" for k, (a, b) in shapes.items()], most=len(shapes))
+            or "all shapes equal",
+        )
         classes = [name for name in shapes if _CLASS_ROWS.search(name)]
         if classes and len(classes) == len(shapes) and not missing and not unexpected:
             there, here = (shape[0] for shape in shapes[classes[0]])
@@ -203,7 +212,7 @@ class DETRCheckpointer(DetectionCheckpointer):
             )
         if self.strict:
             raise ValueError(message)
-        logging.getLogger(__name__).warning(message)
+        log.warning(message)
 
 
 def _listing(what: str, names: Sequence[str], most: int = 5) -> str:

@@ -105,6 +105,15 @@ def test_another_detector_is_refused_before_anything_is_loaded(tmp_path: Path) -
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_every_key_that_differs_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.build("DETR")
+    state = {k: v for k, v in model.state_dict().items() if "decoder" not in k}
+    torch.save({"model": state}, tmp_path / "headless.pth")
+    with pytest.raises(ValueError, match=r"missing \(.* more\)"):
+        DETRCheckpointer(model).load(tmp_path / "headless.pth")
+    assert all(k in caplog.text for k in model.state_dict() if "decoder" in k)
+
+
 def test_what_differs_is_only_logged_when_not_strict(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny.build("DETR")
     state = {k: v + 1 for k, v in model.state_dict().items() if not k.startswith("query_embed")}

@@ -196,7 +196,7 @@ def test_other_modes_of_picture_are_read_as_rgb(cfg, tmp_path, mode, name):
 @pytest.mark.parametrize("is_train", [True, False])
 def test_sixteen_bits_are_refused(cfg, tmp_path, is_train):
     picture = Image.fromarray(np.full((HEIGHT, WIDTH), 1000, np.uint16))
-    with pytest.raises(ValueError, match=r"a\.png has more than 8 bits a channel \(PIL mode 'I;16'\)"):
+    with pytest.raises(ValueError, match=r"a\.png has more than 8 bits a channel \(PIL mode 'I"):
         DETRDatasetMapper(cfg, is_train)(record(tmp_path, picture=picture))
 
 

@@ -172,3 +172,19 @@ def test_dropout_is_applied_only_in_training() -> None:
     model.train()
     a, b = (model.predict(model.preprocess_image(tiny.batch())).logits for _ in range(2))
     assert not torch.allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_goes_through_scaled_dot_product_attention(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = detr(ENC_LAYERS=1, DEC_LAYERS=2).train(training)
+    calls = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs),
+    )
+    model.predict(model.preprocess_image(tiny.batch()))
+    assert len(calls) == 1 + 2 * 2  # encoder; self- and cross-attention of two decoder layers

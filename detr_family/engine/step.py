@@ -78,7 +78,8 @@ class TrainStep(SimpleTrainer):
         self.optimizer.zero_grad()
         total = sum(losses.values())
         self.grad_scaler.scale(total).backward()
-        self.after_backward()
+        if hasattr(self, "after_backward"):  # not in Detectron2 0.6
+            self.after_backward()
 
         values = {name: loss.detach() for name, loss in losses.items()}
         if self.clip_norm is not None:
