@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from detr_family.layers.boxes import generalized_iou
 from detr_family.structures import Assignment, SetPrediction, Targets
@@ -58,6 +58,34 @@ class SoftmaxClassLoss:
         loss = F.cross_entropy(layer_logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
         total = mean_over_ranks(weight[classes].flatten(1).sum(1))
         return loss.view(len(layer_logits), -1).sum(1) / total
+
+
+@dataclass(frozen=True)
+class FocalClassLoss:
+    """Sigmoid focal loss over K classes; a query without a box is a negative of all (arXiv 1708.02002).
+
+    Attributes:
+        alpha: weight of positives.
+        gamma: exponent of what is not yet right.
+    """
+
+    alpha: float
+    gamma: float
+
+    def __call__(self, layer_logits: Tensor, classes: Tensor, num_boxes: Tensor) -> Tensor:
+        """Loss of every layer, summed over queries and divided by the number of boxes.
+
+        Args:
+            layer_logits: (N, B, Q, K).
+            classes: (N, B, Q) int64, K where nothing is matched.
+            num_boxes: 0-d.
+
+        Returns:
+            (N,).
+        """
+        truth = F.one_hot(classes, layer_logits.shape[-1] + 1)[..., :-1].to(layer_logits.dtype)
+        loss = sigmoid_focal_loss(layer_logits, truth, alpha=self.alpha, gamma=self.gamma)
+        return loss.flatten(1).sum(1) / num_boxes
 
 
 class SetCriterion:

@@ -17,18 +17,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from detr_family.config import num_classes
 from detr_family.criterion import SetCriterion, SoftmaxClassLoss
 from detr_family.layers.mlp import MLP
 from detr_family.layers.position_encoding import LearnedPositionEncoding, SinePositionEncoding
 from detr_family.matcher import HungarianMatcher, softmax_class_cost
 from detr_family.postprocess import best_class_per_query
-from detr_family.set_detector import SetDetector
+from detr_family.set_detector import SetDetector, common_arguments
 from detr_family.structures import SetPrediction, Targets
 
 
@@ -69,6 +68,9 @@ class DETR(SetDetector):
         super().__init__(
             backbone=backbone,
             num_classes=num_classes,
+            aux_loss=aux_loss,
+            matcher=matcher,
+            criterion=criterion,
             select=best_class_per_query,
             topk=topk,
             pixel_mean=pixel_mean,
@@ -84,16 +86,12 @@ class DETR(SetDetector):
         self.query_embed = nn.Embedding(num_queries, dim)  # the object queries
         self.class_embed = nn.Linear(dim, num_classes + 1)
         self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
-        self.aux_loss = aux_loss
-        self.matcher = matcher
-        self.criterion = criterion
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """The arguments of `__init__`, from Detectron2's configuration."""
         detr = cfg.MODEL.DETR
         encoding = detr.SPATIAL_ENCODING
-        classes = num_classes(cfg)
         position_encoding: nn.Module
         if encoding.TYPE == "sine":
             position_encoding = SinePositionEncoding(
@@ -104,7 +102,9 @@ class DETR(SetDetector):
         else:
             raise ValueError(f"MODEL.DETR.SPATIAL_ENCODING.TYPE is {encoding.TYPE!r}; it may be 'sine' or 'learned'")
         return {
-            "backbone": build_backbone(cfg),
+            **common_arguments(
+                cfg, class_cost=softmax_class_cost, class_loss=SoftmaxClassLoss(detr.NO_OBJECT_WEIGHT)
+            ),
             "transformer": Transformer(
                 dim=detr.HIDDEN_DIM,
                 num_heads=detr.NUM_HEADS,
@@ -118,25 +118,7 @@ class DETR(SetDetector):
                 query_position=detr.QUERY_ENCODING,
             ),
             "position_encoding": position_encoding,
-            "num_classes": classes,
             "num_queries": detr.NUM_QUERIES,
-            "aux_loss": detr.AUX_LOSS,
-            "matcher": HungarianMatcher(
-                class_cost=softmax_class_cost,
-                cost_class=detr.COST.CLASS,
-                cost_l1=detr.COST.L1,
-                cost_giou=detr.COST.GIOU,
-            ),
-            "criterion": SetCriterion(
-                class_loss=SoftmaxClassLoss(detr.NO_OBJECT_WEIGHT),
-                background=classes,
-                weight_class=detr.LOSS.CLASS,
-                weight_l1=detr.LOSS.L1,
-                weight_giou=detr.LOSS.GIOU,
-            ),
-            "topk": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
         }
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
@@ -160,12 +142,6 @@ class DETR(SetDetector):
         return SetPrediction(
             layer_logits=self.class_embed(decoded), layer_boxes=self.bbox_embed(decoded).float().sigmoid()
         )
-
-    def losses(self, prediction: SetPrediction, targets: Targets) -> dict[str, Tensor]:
-        """`loss_ce`, `loss_bbox`, `loss_giou`, and the same with `_0`, `_1`, ... for the earlier layers."""
-        if not self.aux_loss:
-            prediction = prediction.layers(-1)
-        return self.criterion(prediction, targets, self.matcher(prediction, targets))
 
 
 POSITIONS = ("attention", "input", "none")
@@ -226,7 +202,10 @@ class Transformer(nn.Module):
         self.decoder_position = decoder_position
         self.query_position = query_position
         self.encoder = Encoder(
-            [EncoderLayer(dim, num_heads, feedforward_dim, dropout, pre_norm) for _ in range(encoder_layers)],
+            [
+                EncoderLayer(dim, num_heads, feedforward_dim, dropout, pre_norm=pre_norm, activation=nn.ReLU())
+                for _ in range(encoder_layers)
+            ],
             norm=nn.LayerNorm(dim) if pre_norm else None,
         )
         self.decoder = Decoder(
@@ -302,9 +281,19 @@ class EncoderLayer(nn.Module):
         feedforward_dim: width of the hidden layer.
         dropout: probability in both sublayers and in the attention weights.
         pre_norm: normalise before each sublayer in place of after it.
+        activation: between the two linear layers; ReLU in DETR.
     """
 
-    def __init__(self, dim: int, num_heads: int, feedforward_dim: int, dropout: float, pre_norm: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout: float,
+        *,
+        pre_norm: bool,
+        activation: nn.Module,
+    ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
         self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
@@ -313,6 +302,7 @@ class EncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
+        self.activation = activation
 
     def forward(self, tokens: Tensor, *, position: Tensor | None, padding: Tensor | None) -> Tensor:
         """(B, S, D), encoding (B, S, D) and padding mask (B, S) -> (B, S, D)."""
@@ -328,8 +318,8 @@ class EncoderLayer(nn.Module):
         return self.self_attn(q, k, tokens, key_padding_mask=padding, need_weights=False)[0]
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
-        """The two linear layers with ReLU and dropout between them."""
-        return self.linear2(self.dropout(F.relu(self.linear1(tokens))))
+        """The two linear layers with activation and dropout between them."""
+        return self.linear2(self.dropout(self.activation(self.linear1(tokens))))
 
 
 class Decoder(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -29,6 +30,27 @@ def softmax_class_cost(layer_logits: Tensor, image: Tensor, labels: Tensor) -> T
     log_total = layer_logits.logsumexp(-1)[:, image]  # N x T x Q
     logits = layer_logits[:, image, :, labels].transpose(0, 1)  # N x T x Q
     return -(logits - log_total).exp()
+
+
+@dataclass(frozen=True)
+class FocalClassCost:
+    """The focal loss of the label's logit as a positive, less that as a negative (Deformable DETR's release).
+
+    Attributes:
+        alpha: weight of positives.
+        gamma: exponent of what is not yet right.
+    """
+
+    alpha: float
+    gamma: float
+
+    def __call__(self, layer_logits: Tensor, image: Tensor, labels: Tensor) -> Tensor:
+        """As `softmax_class_cost`, for sigmoid classifiers: (N, B, Q, K), (T,), (T,) -> (N, T, Q)."""
+        p = layer_logits[:, image, :, labels].transpose(0, 1).sigmoid()  # N x T x Q
+        eps = 1e-8  # the releases'
+        positive = -self.alpha * (1 - p) ** self.gamma * (p + eps).log()
+        negative = -(1 - self.alpha) * p**self.gamma * (1 - p + eps).log()
+        return positive - negative
 
 
 class HungarianMatcher:

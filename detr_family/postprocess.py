@@ -27,6 +27,23 @@ def best_class_per_query(logits: Tensor, boxes: Tensor, topk: int) -> tuple[Tens
     return scores, classes.gather(1, query), boxes.gather(1, query[..., None].expand(-1, -1, 4))
 
 
+def best_pairs(logits: Tensor, boxes: Tensor, topk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best pairs of query and class; a query may speak for several classes (Deformable DETR's release).
+
+    Args:
+        logits: (B, Q, K) of sigmoid classifiers.
+        boxes: (B, Q, 4).
+        topk: detections to keep per picture, by score; at most Q * K come out.
+
+    Returns:
+        as `best_class_per_query`.
+    """
+    num_classes = logits.shape[-1]
+    scores, pair = logits.float().sigmoid().flatten(1).topk(min(topk, logits[0].numel()), dim=1)
+    query = pair // num_classes
+    return scores, pair % num_classes, boxes.gather(1, query[..., None].expand(-1, -1, 4))
+
+
 def to_instances(
     scores: Tensor, classes: Tensor, boxes_cxcywh: Tensor, image_sizes: Sequence[tuple[int, int]]
 ) -> list[Instances]:

@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
+from detr_family.config import num_classes
+from detr_family.criterion import ClassLoss, SetCriterion
+from detr_family.matcher import ClassCost, HungarianMatcher
 from detr_family.postprocess import Selection, to_instances
 from detr_family.structures import SetPrediction, Targets
 
@@ -19,11 +24,14 @@ from detr_family.structures import SetPrediction, Targets
 class SetDetector(nn.Module):
     """Normalises and pads pictures, makes targets, and turns predicted sets into Detectron2's results.
 
-    A detector says how it predicts (`predict`) and what it is trained with (`losses`); nothing else differs.
+    A detector says how it predicts (`predict`); one that is trained with more than matched sets adds to `losses`.
 
     Args:
         backbone: a Detectron2 backbone; the detectors read its coarsest feature map (DINO several).
         num_classes: classes of the data set, without no-object.
+        aux_loss: train the sets of the earlier decoder layers too.
+        matcher: pairs predictions with ground truth.
+        criterion: the loss of matched pairs.
         select: (logits, boxes, topk) -> scores, classes, boxes: see `detr_family.postprocess`.
         topk: detections per picture (TEST.DETECTIONS_PER_IMAGE).
         pixel_mean: three means, in the channel order of the input.
@@ -38,6 +46,9 @@ class SetDetector(nn.Module):
         *,
         backbone: Backbone,
         num_classes: int,
+        aux_loss: bool,
+        matcher: HungarianMatcher,
+        criterion: SetCriterion,
         select: Selection,
         topk: int,
         pixel_mean: Sequence[float],
@@ -48,6 +59,9 @@ class SetDetector(nn.Module):
             raise ValueError(f"a detector needs at least one class, got {num_classes} (MODEL.DETR.NUM_CLASSES)")
         self.backbone = backbone
         self.num_classes = num_classes
+        self.aux_loss = aux_loss
+        self.matcher = matcher
+        self.criterion = criterion
         self.select = select
         self.topk = topk
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
@@ -63,8 +77,15 @@ class SetDetector(nn.Module):
         raise NotImplementedError
 
     def losses(self, prediction: SetPrediction, targets: Targets) -> dict[str, Tensor]:
-        """Weighted losses whose sum is to be minimised, named as the papers' releases name them."""
-        raise NotImplementedError
+        """Weighted losses whose sum is to be minimised, named as the papers' releases name them.
+
+        Returns:
+            `loss_ce`, `loss_bbox`, `loss_giou`, and with `aux_loss` the same with `_0`, `_1`, ... for the earlier
+            decoder layers.
+        """
+        if not self.aux_loss:
+            prediction = prediction.layers(-1)
+        return self.criterion(prediction, targets, self.matcher(prediction, targets))
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Detectron2's contract for meta-architectures.
@@ -170,3 +191,35 @@ class SetDetector(nn.Module):
         if not torch.isfinite(boxes).all():
             bad = boxes[~torch.isfinite(boxes).all(1)][0].tolist()
             raise ValueError(f"{name} has a box whose coordinates are not finite: {bad}; mend its annotation file")
+
+
+def common_arguments(
+    cfg: CfgNode, *, class_cost: ClassCost, class_loss: ClassLoss
+) -> dict[str, Any]:
+    """What every detector's `from_config` reads alike: the arguments of `SetDetector` but for `select`.
+
+    Args:
+        cfg: Detectron2's configuration with detr_family's keys.
+        class_cost: the paper's class term of the matching.
+        class_loss: the paper's class loss.
+    """
+    detr = cfg.MODEL.DETR
+    classes = num_classes(cfg)
+    return {
+        "backbone": build_backbone(cfg),
+        "num_classes": classes,
+        "aux_loss": detr.AUX_LOSS,
+        "matcher": HungarianMatcher(
+            class_cost=class_cost, cost_class=detr.COST.CLASS, cost_l1=detr.COST.L1, cost_giou=detr.COST.GIOU
+        ),
+        "criterion": SetCriterion(
+            class_loss=class_loss,
+            background=classes,
+            weight_class=detr.LOSS.CLASS,
+            weight_l1=detr.LOSS.L1,
+            weight_giou=detr.LOSS.GIOU,
+        ),
+        "topk": cfg.TEST.DETECTIONS_PER_IMAGE,
+        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+        "pixel_std": cfg.MODEL.PIXEL_STD,
+    }

@@ -8,6 +8,38 @@ import torch
 from torch import Tensor, nn
 
 
+def sine_waves(angle: Tensor, dim: int, temperature: float) -> Tensor:
+    """Sines and cosines in turn, of wavelengths that grow geometrically from 2 pi to 2 pi * temperature.
+
+    Args:
+        angle: (...) radians.
+        dim: channels of the result, even.
+        temperature: see above.
+
+    Returns:
+        (..., dim).
+    """
+    channel = torch.arange(dim // 2, dtype=torch.float32, device=angle.device)
+    angle = angle[..., None] / temperature ** (2 * channel / dim)  # ... x dim/2
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+def sine_of_coordinates(coordinates: Tensor, dim: int, temperature: float) -> Tensor:
+    """The encoding of points or boxes, in the order y, x(, w, h) of the releases.
+
+    Args:
+        coordinates: (..., 2) as x, y or (..., 4) as x, y, w, h, in [0, 1].
+        dim: channels for each coordinate, even.
+        temperature: longest wavelength in units of 2 pi.
+
+    Returns:
+        (..., 2 * dim) or (..., 4 * dim) float32.
+    """
+    waves = sine_waves(coordinates.float() * (2 * math.pi), dim, temperature)  # ... x n x dim
+    order = [1, 0, 2, 3][: coordinates.shape[-1]]
+    return waves[..., order, :].flatten(-2)
+
+
 class SinePositionEncoding(nn.Module):
     """Sine and cosine of the absolute position, half of the channels for y and half for x.
 
@@ -39,13 +71,8 @@ class SinePositionEncoding(nn.Module):
         # The releases' eps: keeps fully padded rows and columns finite.
         y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
         x = x / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
-        return torch.cat([self._waves(y, self.temperature_y), self._waves(x, self.temperature_x)], dim=3)
-
-    def _waves(self, position: Tensor, temperature: float) -> Tensor:
         half = self.dim // 2
-        channel = torch.arange(half // 2, dtype=torch.float32, device=position.device)
-        angle = position[..., None] / temperature ** (2 * channel / half)  # B x H x W x D/4
-        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # B x H x W x D/2
+        return torch.cat([sine_waves(y, half, self.temperature_y), sine_waves(x, half, self.temperature_x)], dim=3)
 
 
 class LearnedPositionEncoding(nn.Module):

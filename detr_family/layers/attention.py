@@ -1,0 +1,45 @@
+"""Attention whose projections stand outside of it, so that content and position can be told apart."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ProjectedAttention(nn.Module):
+    """Multi-head attention of queries, keys and values that are already projected.
+
+    The width of queries and keys may differ from that of the values: Conditional DETR's cross-attention has
+    content and position beside each other in the former (arXiv 2108.06152, figure 3).
+
+    Args:
+        dim: channels of the values and of the result, a multiple of `num_heads`.
+        num_heads: attention heads.
+        dropout: probability in the attention weights.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (B, Q, E), heads beside each other.
+            key: (B, S, E).
+            value: (B, S, D).
+            mask: bool, True = not attended to; (B, S) for every query alike or (Q, S) for every picture.
+
+        Returns:
+            (B, Q, D).
+        """
+        batch = len(query)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+        if mask is not None:
+            mask = ~mask[:, None, None] if mask.shape[0] == batch and mask.shape[-1] == k.shape[2] else ~mask
+        x = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.out_proj(x.transpose(1, 2).flatten(-2))
