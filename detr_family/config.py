@@ -64,6 +64,10 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     _C.LOSS.GIOU = 2.0
     # Weight of the no-object class in the cross-entropy (DETR, section 3.1).
     _C.NO_OBJECT_WEIGHT = 0.1
+    # Weight of positives and exponent of the focal loss and its matching cost, of all detectors after DETR
+    # (arXiv 1708.02002, equation 5).
+    _C.FOCAL_ALPHA = 0.25
+    _C.FOCAL_GAMMA = 2.0
 
     # The backbone's learning rate as a factor of SOLVER.BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1

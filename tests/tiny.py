@@ -45,8 +45,16 @@ def detr_cfg(cfg: CfgNode) -> None:
     cfg.MODEL.META_ARCHITECTURE = "DETR"
 
 
+def conditional_detr_cfg(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "ConditionalDETR"
+    cfg.MODEL.DETR.COST.CLASS = cfg.MODEL.DETR.LOSS.CLASS = 2.0
+
+
 # A detector joins every test of tests/test_detectors.py by its line here.
-DETECTORS: dict[str, Callable[[CfgNode], None]] = {"DETR": detr_cfg}
+DETECTORS: dict[str, Callable[[CfgNode], None]] = {
+    "DETR": detr_cfg,
+    "ConditionalDETR": conditional_detr_cfg,
+}
 
 
 def cfg_of(name: str) -> CfgNode:

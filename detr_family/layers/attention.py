@@ -25,21 +25,30 @@ class ProjectedAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        padding: Tensor | None = None,
+        blocked: Tensor | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
             query: (B, Q, E), heads beside each other.
             key: (B, S, E).
             value: (B, S, D).
-            mask: bool, True = not attended to; (B, S) for every query alike or (Q, S) for every picture.
+            padding: (B, S) bool, True = this key is padding.
+            blocked: (Q, S) bool, True = this query does not see this key, in any picture.
 
         Returns:
             (B, Q, D).
         """
-        batch = len(query)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-        if mask is not None:
-            mask = ~mask[:, None, None] if mask.shape[0] == batch and mask.shape[-1] == k.shape[2] else ~mask
-        x = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        seen = None if padding is None else ~padding[:, None, None]  # B x 1 x 1 x S
+        if blocked is not None:
+            seen = ~blocked if seen is None else seen & ~blocked
+        x = F.scaled_dot_product_attention(q, k, v, seen, self.dropout if self.training else 0.0)  # B x M x Q x D/M
         return self.out_proj(x.transpose(1, 2).flatten(-2))

@@ -1,4 +1,4 @@
-"""Generalised IoU, element by element (arXiv 1902.09630, equation in algorithm 1)."""
+"""Arithmetic of boxes: generalised IoU element by element (arXiv 1902.09630, algorithm 1), and logits."""
 
 from __future__ import annotations
 
@@ -35,3 +35,14 @@ def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
     union = area1 + area2 - inter_area
     iou = inter_area / union.clamp(min=tiny)
     return iou - (hull_area - union) / hull_area.clamp(min=tiny)
+
+
+def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
+    """The logit of `x`, kept finite: probability and complement are raised to `eps`.
+
+    Args:
+        x: any shape; values outside of [0, 1] count as 0 or 1.
+        eps: 1e-5 in Conditional and Deformable DETR, 1e-3 from DAB-DETR on: the papers' weights depend on it.
+    """
+    x = x.clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()

@@ -1,0 +1,370 @@
+"""Conditional DETR for Fast Training Convergence (arXiv 2108.06152).
+
+What differs from DETR:
+
+- In cross-attention, content and position stand beside each other instead of being added (section 3.3), so that
+  content queries need not be good at finding places.
+- The spatial query is conditional: the sine encoding of a reference point, scaled by a function of the decoder's
+  content (equation 6). The reference point comes from the query embedding, is the same for every layer and is
+  never refined; boxes are predicted relative to it (equation 2).
+- Focal loss in place of cross-entropy, and the best pairs of query and class at inference.
+
+The encoder is DETR's. Parameter names are the release's. Letters as in `detr_family.detr`; M attention heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from detr_family.criterion import FocalClassLoss, SetCriterion
+from detr_family.detr import Encoder, EncoderLayer
+from detr_family.layers.attention import ProjectedAttention
+from detr_family.layers.boxes import inverse_sigmoid
+from detr_family.layers.mlp import MLP
+from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
+from detr_family.matcher import FocalClassCost, HungarianMatcher
+from detr_family.postprocess import best_pairs
+from detr_family.set_detector import SetDetector, common_arguments
+from detr_family.structures import SetPrediction, Targets
+
+PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)  # every class starts at a probability of 0.01 (arXiv 1708.02002, 4.1)
+
+
+@META_ARCH_REGISTRY.register()
+class ConditionalDETR(SetDetector):
+    """Backbone, transformer, prediction heads.
+
+    Args:
+        backbone: a Detectron2 backbone, of which the coarsest feature map is read.
+        transformer: see `ConditionalTransformer`.
+        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
+        num_classes: K, classes of the data set.
+        num_queries: Q.
+        aux_loss: train the sets of the earlier decoder layers too.
+        matcher: pairs predictions with ground truth.
+        criterion: the loss of matched pairs.
+        topk: detections per picture, at most Q * K.
+        pixel_mean: three means, in the channel order of the input.
+        pixel_std: three standard deviations.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        transformer: ConditionalTransformer,
+        position_encoding: nn.Module,
+        num_classes: int,
+        num_queries: int,
+        aux_loss: bool,
+        matcher: HungarianMatcher,
+        criterion: SetCriterion,
+        topk: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__(
+            backbone=backbone,
+            num_classes=num_classes,
+            aux_loss=aux_loss,
+            matcher=matcher,
+            criterion=criterion,
+            select=best_pairs,
+            topk=topk,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+        )
+        if num_queries < 1:
+            raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
+        dim = transformer.dim
+        self.feature = list(backbone.output_shape())[-1]
+        self.transformer = transformer
+        self.position_encoding = position_encoding
+        self.input_proj = nn.Conv2d(backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
+        self.query_embed = nn.Embedding(num_queries, dim)  # the object queries o_q
+        self.class_embed = nn.Linear(dim, num_classes)
+        self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
+        nn.init.constant_(self.class_embed.bias, PRIOR_BIAS)
+        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
+        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The arguments of `__init__`, from Detectron2's configuration."""
+        detr = cfg.MODEL.DETR
+        temperature = detr.SPATIAL_ENCODING.TEMPERATURE
+        return {
+            **common_arguments(
+                cfg,
+                class_cost=FocalClassCost(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
+                class_loss=FocalClassLoss(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
+            ),
+            "transformer": ConditionalTransformer(
+                dim=detr.HIDDEN_DIM,
+                num_heads=detr.NUM_HEADS,
+                encoder_layers=detr.ENC_LAYERS,
+                decoder_layers=detr.DEC_LAYERS,
+                feedforward_dim=detr.FEEDFORWARD_DIM,
+                dropout=detr.DROPOUT,
+            ),
+            "position_encoding": SinePositionEncoding(
+                detr.HIDDEN_DIM, temperature_x=temperature, temperature_y=temperature
+            ),
+            "num_queries": detr.NUM_QUERIES,
+        }
+
+    def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
+        """Predict a set of Q boxes per picture and decoder layer.
+
+        Args:
+            images: from `preprocess_image`.
+            targets: not looked at.
+
+        Returns:
+            SetPrediction with `layer_logits` (N, B, Q, K) and `layer_boxes` (N, B, Q, 4).
+        """
+        feature = self.backbone(images.tensor)[self.feature]  # B x C x H x W
+        mask = self.level_mask(self.padding_mask(images), feature)  # B x H x W
+        decoded, reference = self.transformer(
+            self.input_proj(feature).flatten(2).transpose(1, 2),  # B x S x D
+            position=self.position_encoding(mask).flatten(1, 2),  # B x S x D
+            padding=mask.flatten(1) if self.has_padding(images) else None,
+            queries=self.query_embed.weight,
+        )  # N x B x Q x D and Q x 2
+        boxes = self.bbox_embed(decoded).float()
+        # Equation 2: b = sigmoid(FFN(f) + [s 0 0]). The release goes through the sigmoid and back.
+        centre = boxes[..., :2] + inverse_sigmoid(reference.float(), eps=1e-5)
+        return SetPrediction(
+            layer_logits=self.class_embed(decoded), layer_boxes=torch.cat([centre, boxes[..., 2:]], -1).sigmoid()
+        )
+
+
+class ConditionalTransformer(nn.Module):
+    """DETR's encoder and a decoder with conditional cross-attention (section 3, figure 3).
+
+    Args:
+        dim: D, the model's width, a multiple of 4.
+        num_heads: M, a divisor of `dim`.
+        encoder_layers: layers of the encoder, possibly 0.
+        decoder_layers: N, layers of the decoder, at least 1.
+        feedforward_dim: width of the feed-forward networks' hidden layer.
+        dropout: probability in every sublayer and in the attention weights.
+
+    Raises:
+        ValueError: widths or depths that cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        feedforward_dim: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"MODEL.DETR.HIDDEN_DIM {dim} is no multiple of MODEL.DETR.NUM_HEADS {num_heads}")
+        if decoder_layers < 1 or encoder_layers < 0:
+            raise ValueError(
+                f"MODEL.DETR.DEC_LAYERS {decoder_layers} must be at least 1, ENC_LAYERS {encoder_layers} at least 0"
+            )
+        self.dim = dim
+        self.encoder = Encoder(
+            [
+                EncoderLayer(dim, num_heads, feedforward_dim, dropout, pre_norm=False, activation=nn.ReLU())
+                for _ in range(encoder_layers)
+            ],
+            norm=None,
+        )
+        self.decoder = ConditionalDecoder(
+            [
+                ConditionalDecoderLayer(
+                    dim, num_heads, feedforward_dim, dropout, first=i == 0, activation=nn.ReLU()
+                )
+                for i in range(decoder_layers)
+            ],
+            dim,
+        )
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(
+        self, tokens: Tensor, *, position: Tensor, padding: Tensor | None, queries: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Decode the object queries.
+
+        Args:
+            tokens: (B, S, D).
+            position: (B, S, D) spatial encoding of the tokens.
+            padding: (B, S) bool, True = padding; None where nothing is padded.
+            queries: (Q, D) object queries.
+
+        Returns:
+            (N, B, Q, D), the output of every decoder layer, and (Q, 2) reference points x, y in [0, 1].
+        """
+        memory = self.encoder(tokens, position=position, padding=padding)
+        return self.decoder(memory, memory_position=position, padding=padding, queries=queries)
+
+
+class ConditionalDecoder(nn.Module):
+    """A stack of `ConditionalDecoderLayer` around fixed reference points.
+
+    Args:
+        layers: the layers, first to last.
+        dim: D.
+    """
+
+    def __init__(self, layers: Sequence[ConditionalDecoderLayer], dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(dim)
+        self.query_scale = MLP(dim, dim, dim, num_layers=2)  # T, from the content (equation 5)
+        self.ref_point_head = MLP(dim, dim, 2, num_layers=2)  # s, from the object query (section 3.2)
+
+    def forward(
+        self, memory: Tensor, *, memory_position: Tensor, padding: Tensor | None, queries: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B, S, D) memory and (Q, D) object queries -> (N, B, Q, D) and reference points (Q, 2)."""
+        batch, dim = len(memory), memory.shape[-1]
+        reference = self.ref_point_head(queries).float().sigmoid()  # Q x 2
+        place = sine_of_coordinates(reference, dim // 2, temperature=10000.0)  # p_s, Q x D
+        object_queries = queries.expand(batch, -1, -1)
+        content = torch.zeros_like(object_queries)  # B x Q x D
+        outputs = []
+        for i, layer in enumerate(self.layers):
+            # The first layer's content is nothing yet: the release leaves its spatial query unscaled.
+            spatial_query = place.expand(batch, -1, -1) if i == 0 else place * self.query_scale(content)
+            content = layer(
+                content,
+                memory,
+                object_queries=object_queries,
+                spatial_query=spatial_query,
+                memory_position=memory_position,
+                padding=padding,
+                blocked=None,
+            )
+            outputs.append(self.norm(content))
+        return torch.stack(outputs), reference
+
+
+class ConditionalDecoderLayer(nn.Module):
+    """Self-attention, conditional cross-attention, a feed-forward network.
+
+    Args:
+        dim: D.
+        num_heads: M.
+        feedforward_dim: width of the hidden layer.
+        dropout: probability in the three sublayers and in the attention weights.
+        first: whether it is the first layer, which alone adds the object queries to the cross-attention's
+            content (`ca_qpos_proj`): its own content starts from zeros.
+        activation: between the two linear layers; ReLU here, PReLU in DAB-DETR.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout: float,
+        *,
+        first: bool,
+        activation: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.sa_qcontent_proj = nn.Linear(dim, dim)
+        self.sa_qpos_proj = nn.Linear(dim, dim)
+        self.sa_kcontent_proj = nn.Linear(dim, dim)
+        self.sa_kpos_proj = nn.Linear(dim, dim)
+        self.sa_v_proj = nn.Linear(dim, dim)
+        self.self_attn = ProjectedAttention(dim, num_heads, dropout)
+        self.norm1 = nn.LayerNorm(dim)
+
+        self.ca_qcontent_proj = nn.Linear(dim, dim)  # c_q
+        self.ca_qpos_proj = nn.Linear(dim, dim) if first else None
+        self.ca_kcontent_proj = nn.Linear(dim, dim)  # c_k
+        self.ca_kpos_proj = nn.Linear(dim, dim)  # p_k
+        self.ca_v_proj = nn.Linear(dim, dim)
+        self.ca_qpos_sine_proj = nn.Linear(dim, dim)  # p_q
+        self.cross_attn = ProjectedAttention(dim, num_heads, dropout)
+        self.norm2 = nn.LayerNorm(dim)
+
+        self.linear1 = nn.Linear(dim, feedforward_dim)
+        self.linear2 = nn.Linear(feedforward_dim, dim)
+        self.activation = activation
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        content: Tensor,
+        memory: Tensor,
+        *,
+        object_queries: Tensor,
+        spatial_query: Tensor,
+        memory_position: Tensor,
+        padding: Tensor | None,
+        blocked: Tensor | None,
+    ) -> Tensor:
+        """Decode one layer further.
+
+        Args:
+            content: (B, Q, D) decoder embeddings.
+            memory: (B, S, D).
+            object_queries: (B, Q, D), added to queries and keys of the self-attention.
+            spatial_query: (B, Q, D) scaled encoding of the reference points.
+            memory_position: (B, S, D) spatial encoding of the memory.
+            padding: (B, S) bool, True = padding.
+            blocked: (Q, Q) bool, True = this query does not see that one; None where all do.
+
+        Returns:
+            (B, Q, D).
+        """
+        content = self.norm1(content + self.dropout(self.attend(content, object_queries, blocked)))
+        seen = self.look(content, memory, object_queries, spatial_query, memory_position, padding)
+        content = self.norm2(content + self.dropout(seen))
+        hidden = self.dropout(self.activation(self.linear1(content)))
+        return self.norm3(content + self.dropout(self.linear2(hidden)))
+
+    def attend(self, content: Tensor, object_queries: Tensor, blocked: Tensor | None) -> Tensor:
+        """Self-attention: content and position are projected apart and added."""
+        q = self.sa_qcontent_proj(content) + self.sa_qpos_proj(object_queries)
+        k = self.sa_kcontent_proj(content) + self.sa_kpos_proj(object_queries)
+        return self.self_attn(q, k, self.sa_v_proj(content), blocked=blocked)
+
+    def look(
+        self,
+        content: Tensor,
+        memory: Tensor,
+        object_queries: Tensor,
+        spatial_query: Tensor,
+        memory_position: Tensor,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """Cross-attention: q . k = c_q . c_k + p_q . p_k, content and position beside each other (equation 1)."""
+        q, k = self.ca_qcontent_proj(content), self.ca_kcontent_proj(memory)
+        p_q, p_k = self.ca_qpos_sine_proj(spatial_query), self.ca_kpos_proj(memory_position)
+        if self.ca_qpos_proj is not None:
+            q, k = q + self.ca_qpos_proj(object_queries), k + p_k
+        return self.cross_attn(
+            self.beside(q, p_q), self.beside(k, p_k), self.ca_v_proj(memory), padding=padding
+        )
+
+    def beside(self, content: Tensor, position: Tensor) -> Tensor:
+        """Concatenate within each head: two (B, S, D) -> (B, S, 2 D)."""
+        heads = (x.unflatten(-1, (self.num_heads, -1)) for x in (content, position))
+        return torch.cat(list(heads), -1).flatten(-2)
