@@ -3,7 +3,7 @@
 Importing the package registers them; `add_detr_family_config(cfg)` adds their keys to a configuration.
 """
 
-from detr_family import backbone, conditional_detr, detr  # noqa: F401  (registered by being imported)
+from detr_family import backbone, conditional_detr, dab_detr, detr  # noqa: F401  (registered by being imported)
 from detr_family.config import add_detr_family_config
 
 __all__ = ["add_detr_family_config"]

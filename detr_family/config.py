@@ -69,6 +69,15 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     _C.FOCAL_ALPHA = 0.25
     _C.FOCAL_GAMMA = 2.0
 
+    cfg.MODEL.DAB = CfgNode()
+    # Learned contents that every anchor is decoded with; 0: one content of zeros (DAB-DETR, starred rows of table 2).
+    cfg.MODEL.DAB.NUM_PATTERNS = 0
+    # Modulate positional attention by the anchors' width and height (DAB-DETR, section 4.4, equation 6).
+    cfg.MODEL.DAB.MODULATE = True
+    # Draw the anchors' centres uniformly and keep them (DAB-DETR, table 4). The release's setting of that name
+    # freezes nothing; this one does.
+    cfg.MODEL.DAB.FIX_CENTRES = False
+
     # The backbone's learning rate as a factor of SOLVER.BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     # Length of the training in passes over the training set. Above 0 it takes the place of SOLVER.MAX_ITER.

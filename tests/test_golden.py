@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-DETECTORS = ["detr_r50", "conditional_detr_r50"]
+DETECTORS = ["detr_r50", "conditional_detr_r50", "dab_detr_r50"]
 
 pytestmark = pytest.mark.golden
 

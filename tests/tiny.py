@@ -50,10 +50,17 @@ def conditional_detr_cfg(cfg: CfgNode) -> None:
     cfg.MODEL.DETR.COST.CLASS = cfg.MODEL.DETR.LOSS.CLASS = 2.0
 
 
+def dab_detr_cfg(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "DABDETR"
+    cfg.MODEL.DETR.COST.CLASS = 2.0
+    cfg.MODEL.DETR.SPATIAL_ENCODING.TEMPERATURE = 20.0
+
+
 # A detector joins every test of tests/test_detectors.py by its line here.
 DETECTORS: dict[str, Callable[[CfgNode], None]] = {
     "DETR": detr_cfg,
     "ConditionalDETR": conditional_detr_cfg,
+    "DABDETR": dab_detr_cfg,
 }
 
 

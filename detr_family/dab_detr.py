@@ -1,0 +1,360 @@
+"""DAB-DETR: Dynamic Anchor Boxes are Better Queries for DETR (arXiv 2201.12329).
+
+What differs from Conditional DETR:
+
+- A query is an anchor box x, y, w, h, learned, and refined layer by layer (sections 4.1 and 4.3); its positional
+  query is a perceptron of the box's sine encoding (equation 4).
+- Width and height modulate the positional attention (section 4.4, equation 6): it widens along the longer side.
+- A low temperature, 20, of the image's encoding makes positional attention sharper (section 4.5).
+- The encoder scales its positional encoding by a function of the content; PReLU; one box head shared by all
+  layers, its last layer starting from zeros; optionally several learned content patterns for every anchor.
+
+Parameter names are the release's. Letters as in `detr_family.detr`; P patterns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from detr_family.conditional_detr import PRIOR_BIAS, ConditionalDecoderLayer
+from detr_family.criterion import FocalClassLoss, SetCriterion
+from detr_family.detr import EncoderLayer
+from detr_family.layers.boxes import inverse_sigmoid
+from detr_family.layers.mlp import MLP
+from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
+from detr_family.matcher import FocalClassCost, HungarianMatcher
+from detr_family.postprocess import best_pairs
+from detr_family.set_detector import SetDetector, common_arguments
+from detr_family.structures import SetPrediction, Targets
+
+EPS = 1e-3  # of inverse_sigmoid, in this paper's release and those that follow it
+
+
+@META_ARCH_REGISTRY.register()
+class DABDETR(SetDetector):
+    """Backbone, transformer, prediction heads.
+
+    Args:
+        backbone: a Detectron2 backbone, of which the coarsest feature map is read.
+        transformer: see `DABTransformer`; its decoder holds the box head.
+        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
+        num_classes: K, classes of the data set.
+        num_queries: anchors; with P patterns the predicted set has P times as many boxes.
+        fix_centres: anchors' centres are drawn uniformly and never trained ("fixed x, y" of the paper's tables).
+            The release has a setting of that name which freezes nothing, so its published figure had trained
+            centres: the default is False.
+        aux_loss: train the sets of the earlier decoder layers too.
+        matcher: pairs predictions with ground truth.
+        criterion: the loss of matched pairs.
+        topk: detections per picture.
+        pixel_mean: three means, in the channel order of the input.
+        pixel_std: three standard deviations.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        transformer: DABTransformer,
+        position_encoding: nn.Module,
+        num_classes: int,
+        num_queries: int,
+        fix_centres: bool,
+        aux_loss: bool,
+        matcher: HungarianMatcher,
+        criterion: SetCriterion,
+        topk: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__(
+            backbone=backbone,
+            num_classes=num_classes,
+            aux_loss=aux_loss,
+            matcher=matcher,
+            criterion=criterion,
+            select=best_pairs,
+            topk=topk,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+        )
+        if num_queries < 1:
+            raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
+        dim = transformer.dim
+        self.feature = list(backbone.output_shape())[-1]
+        self.transformer = transformer
+        self.position_encoding = position_encoding
+        self.input_proj = nn.Conv2d(backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
+        self.refpoint_embed = nn.Embedding(num_queries, 4)  # anchors A_q before the sigmoid
+        self.class_embed = nn.Linear(dim, num_classes)
+        nn.init.constant_(self.class_embed.bias, PRIOR_BIAS)
+        self.bbox_embed = transformer.decoder.bbox_embed  # the same module: the release has both names
+        if fix_centres:
+            nn.init.uniform_(self.refpoint_embed.weight[:, :2])
+            with torch.no_grad():
+                self.refpoint_embed.weight[:, :2] = inverse_sigmoid(self.refpoint_embed.weight[:, :2], EPS)
+        self.fix_centres = fix_centres
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The arguments of `__init__`, from Detectron2's configuration."""
+        detr, dab = cfg.MODEL.DETR, cfg.MODEL.DAB
+        temperature = detr.SPATIAL_ENCODING.TEMPERATURE
+        return {
+            **common_arguments(
+                cfg,
+                class_cost=FocalClassCost(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
+                class_loss=FocalClassLoss(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
+            ),
+            "transformer": DABTransformer(
+                dim=detr.HIDDEN_DIM,
+                num_heads=detr.NUM_HEADS,
+                encoder_layers=detr.ENC_LAYERS,
+                decoder_layers=detr.DEC_LAYERS,
+                feedforward_dim=detr.FEEDFORWARD_DIM,
+                dropout=detr.DROPOUT,
+                num_patterns=dab.NUM_PATTERNS,
+                modulate=dab.MODULATE,
+            ),
+            "position_encoding": SinePositionEncoding(
+                detr.HIDDEN_DIM, temperature_x=temperature, temperature_y=temperature
+            ),
+            "num_queries": detr.NUM_QUERIES,
+            "fix_centres": dab.FIX_CENTRES,
+        }
+
+    def anchors(self) -> Tensor:
+        """(Q, 4) anchors before the sigmoid, x, y, w, h; the centres without a gradient where they are fixed."""
+        anchors = self.refpoint_embed.weight
+        if not self.fix_centres:
+            return anchors
+        return torch.cat([anchors[:, :2].detach(), anchors[:, 2:]], dim=1)
+
+    def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
+        """Predict a set of boxes per picture and decoder layer, one for every anchor and pattern.
+
+        Args:
+            images: from `preprocess_image`.
+            targets: not looked at.
+
+        Returns:
+            SetPrediction with `layer_logits` (N, B, P * Q, K) and `layer_boxes` (N, B, P * Q, 4).
+        """
+        feature = self.backbone(images.tensor)[self.feature]  # B x C x H x W
+        mask = self.level_mask(self.padding_mask(images), feature)  # B x H x W
+        decoded, anchors = self.transformer(
+            self.input_proj(feature).flatten(2).transpose(1, 2),  # B x S x D
+            position=self.position_encoding(mask).flatten(1, 2),  # B x S x D
+            padding=mask.flatten(1) if self.has_padding(images) else None,
+            anchors=self.anchors(),
+        )  # N x B x PQ x D and N x B x PQ x 4
+        boxes = self.bbox_embed(decoded).float() + inverse_sigmoid(anchors, EPS)
+        return SetPrediction(layer_logits=self.class_embed(decoded), layer_boxes=boxes.sigmoid())
+
+
+class DABTransformer(nn.Module):
+    """Encoder with scaled positions, decoder with dynamic anchor boxes (figure 5).
+
+    Args:
+        dim: D, the model's width, a multiple of 4.
+        num_heads: a divisor of `dim`.
+        encoder_layers: layers of the encoder, possibly 0.
+        decoder_layers: N, at least 1.
+        feedforward_dim: width of the feed-forward networks' hidden layer.
+        dropout: probability in every sublayer and in the attention weights.
+        num_patterns: P, learned contents that every anchor is decoded with (3 in the starred rows of the
+            paper's tables); 0 starts from one content of zeros.
+        modulate: modulate positional attention by width and height.
+
+    Raises:
+        ValueError: widths, depths or counts that cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        feedforward_dim: int,
+        dropout: float,
+        num_patterns: int,
+        modulate: bool,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"MODEL.DETR.HIDDEN_DIM {dim} is no multiple of MODEL.DETR.NUM_HEADS {num_heads}")
+        if decoder_layers < 1 or encoder_layers < 0 or num_patterns < 0:
+            raise ValueError(
+                f"MODEL.DETR.DEC_LAYERS {decoder_layers} must be at least 1, ENC_LAYERS {encoder_layers} and "
+                f"MODEL.DAB.NUM_PATTERNS {num_patterns} at least 0"
+            )
+        self.dim = dim
+        self.encoder = DABEncoder(
+            [
+                EncoderLayer(dim, num_heads, feedforward_dim, dropout, pre_norm=False, activation=nn.PReLU())
+                for _ in range(encoder_layers)
+            ],
+            dim,
+        )
+        self.decoder = DABDecoder(
+            [
+                ConditionalDecoderLayer(
+                    dim, num_heads, feedforward_dim, dropout, first=i == 0, activation=nn.PReLU()
+                )
+                for i in range(decoder_layers)
+            ],
+            dim,
+            modulate=modulate,
+        )
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        nn.init.zeros_(self.decoder.bbox_embed.layers[-1].weight)
+        nn.init.zeros_(self.decoder.bbox_embed.layers[-1].bias)
+        self.patterns = nn.Embedding(num_patterns, dim) if num_patterns else None
+
+    def forward(
+        self, tokens: Tensor, *, position: Tensor, padding: Tensor | None, anchors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Decode the anchors.
+
+        Args:
+            tokens: (B, S, D).
+            position: (B, S, D) spatial encoding of the tokens.
+            padding: (B, S) bool, True = padding; None where nothing is padded.
+            anchors: (Q, 4) before the sigmoid.
+
+        Returns:
+            (N, B, P * Q, D), the output of every decoder layer, and (N, B, P * Q, 4), the anchors in [0, 1]
+            that each layer's box is predicted from. P counts as 1 where there are no patterns.
+        """
+        batch, num_queries = len(tokens), len(anchors)
+        memory = self.encoder(tokens, position=position, padding=padding)
+        if self.patterns is None:
+            content = memory.new_zeros(batch, num_queries, self.dim)
+        else:  # the anchors one after another with the first pattern, then with the second, ...
+            content = self.patterns.weight.repeat_interleave(num_queries, 0).expand(batch, -1, -1)
+            anchors = anchors.repeat(len(self.patterns.weight), 1)
+        return self.decoder(
+            content,
+            memory,
+            anchors=anchors.expand(batch, -1, -1),
+            memory_position=position,
+            padding=padding,
+            blocked=None,
+        )
+
+
+class DABEncoder(nn.Module):
+    """DETR's encoder layers, each seeing the positions scaled by a function of its own input.
+
+    Args:
+        layers: the layers, first to last.
+        dim: D.
+    """
+
+    def __init__(self, layers: Sequence[EncoderLayer], dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.query_scale = MLP(dim, dim, dim, num_layers=2)
+
+    def forward(self, tokens: Tensor, *, position: Tensor, padding: Tensor | None) -> Tensor:
+        """(B, S, D) tokens, their encoding and (B, S) padding mask -> (B, S, D) memory."""
+        for layer in self.layers:
+            tokens = layer(tokens, position=position * self.query_scale(tokens), padding=padding)
+        return tokens
+
+
+class DABDecoder(nn.Module):
+    """Conditional DETR's decoder layers around anchors that move from layer to layer.
+
+    Args:
+        layers: the layers, first to last.
+        dim: D.
+        modulate: modulate positional attention by width and height (equation 6).
+    """
+
+    def __init__(self, layers: Sequence[ConditionalDecoderLayer], dim: int, *, modulate: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(dim)
+        self.query_scale = MLP(dim, dim, dim, num_layers=2)  # MLP^(csq), equation 5
+        self.ref_point_head = MLP(2 * dim, dim, dim, num_layers=2)  # MLP of equation 4
+        self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
+        self.ref_anchor_head = MLP(dim, dim, 2, num_layers=2) if modulate else None  # equation 7
+
+    def forward(
+        self,
+        content: Tensor,
+        memory: Tensor,
+        *,
+        anchors: Tensor,
+        memory_position: Tensor,
+        padding: Tensor | None,
+        blocked: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode.
+
+        Args:
+            content: (B, Q, D) initial decoder embeddings.
+            memory: (B, S, D).
+            anchors: (B, Q, 4) before the sigmoid.
+            memory_position: (B, S, D).
+            padding: (B, S) bool, True = padding.
+            blocked: (Q, Q) bool, True = this query does not see that one; None where all do.
+
+        Returns:
+            (N, B, Q, D) normalised outputs, and (N, B, Q, 4) the anchors that each layer's box starts from. A
+            layer works on a detached anchor, but its box is predicted from the one that still has its gradient.
+        """
+        dim = memory.shape[-1]
+        anchor = anchors.float().sigmoid()
+        outputs, started_from = [], [anchor]
+        for i, layer in enumerate(self.layers):
+            encoding = sine_of_coordinates(anchor, dim // 2, temperature=10000.0)  # B x Q x 2D: y, x, w, h
+            place = encoding[..., :dim]
+            if i > 0:
+                place = place * self.query_scale(content)
+            if self.ref_anchor_head is not None:
+                place = place * self.modulation(content, anchor)
+            content = layer(
+                content,
+                memory,
+                object_queries=self.ref_point_head(encoding),
+                spatial_query=place,
+                memory_position=memory_position,
+                padding=padding,
+                blocked=blocked,
+            )
+            outputs.append(self.norm(content))
+            if i + 1 < len(self.layers):
+                # The release moves anchors by the output before its norm, and predicts boxes from that after it.
+                moved = (self.bbox_embed(content).float() + inverse_sigmoid(anchor, EPS)).sigmoid()
+                started_from.append(moved)
+                anchor = moved.detach()
+        return torch.stack(outputs), torch.stack(started_from)
+
+    def modulation(self, content: Tensor, anchor: Tensor) -> Tensor:
+        """Equation 6: w_ref / w for the channels of x, h_ref / h for those of y, which come first.
+
+        Args:
+            content: (B, Q, D), from which the reference width and height are predicted.
+            anchor: (B, Q, 4) in [0, 1].
+
+        Returns:
+            (B, Q, D).
+        """
+        assert self.ref_anchor_head is not None
+        ratio = self.ref_anchor_head(content).float().sigmoid() / anchor[..., 2:]  # B x Q x 2: w, h
+        return ratio.flip(-1).repeat_interleave(content.shape[-1] // 2, dim=-1)
