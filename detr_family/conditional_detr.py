@@ -95,8 +95,7 @@ class ConditionalDETR(SetDetector):
         self.class_embed = nn.Linear(dim, num_classes)
         self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
         nn.init.constant_(self.class_embed.bias, PRIOR_BIAS)
-        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
-        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+        self.bbox_embed.zero_last_layer()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -59,6 +59,8 @@ class DABDETR(SetDetector):
         pixel_std: three standard deviations.
     """
 
+    fixed_centres: Tensor | None
+
     @configurable
     def __init__(
         self,
@@ -98,11 +100,9 @@ class DABDETR(SetDetector):
         self.class_embed = nn.Linear(dim, num_classes)
         nn.init.constant_(self.class_embed.bias, PRIOR_BIAS)
         self.bbox_embed = transformer.decoder.bbox_embed  # the same module: the release has both names
-        if fix_centres:
-            nn.init.uniform_(self.refpoint_embed.weight[:, :2])
-            with torch.no_grad():
-                self.refpoint_embed.weight[:, :2] = inverse_sigmoid(self.refpoint_embed.weight[:, :2], EPS)
-        self.fix_centres = fix_centres
+        # A buffer: weight decay would move a parameter that has no gradient.
+        centres = inverse_sigmoid(torch.rand(num_queries, 2), EPS) if fix_centres else None
+        self.register_buffer("fixed_centres", centres)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -133,11 +133,11 @@ class DABDETR(SetDetector):
         }
 
     def anchors(self) -> Tensor:
-        """(Q, 4) anchors before the sigmoid, x, y, w, h; the centres without a gradient where they are fixed."""
+        """(Q, 4) anchors before the sigmoid: x, y, w, h. Fixed centres take the place of the learned ones."""
         anchors = self.refpoint_embed.weight
-        if not self.fix_centres:
+        if self.fixed_centres is None:
             return anchors
-        return torch.cat([anchors[:, :2].detach(), anchors[:, 2:]], dim=1)
+        return torch.cat([self.fixed_centres, anchors[:, 2:]], dim=1)
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
         """Predict a set of boxes per picture and decoder layer, one for every anchor and pattern.
@@ -220,8 +220,7 @@ class DABTransformer(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        nn.init.zeros_(self.decoder.bbox_embed.layers[-1].weight)
-        nn.init.zeros_(self.decoder.bbox_embed.layers[-1].bias)
+        self.decoder.bbox_embed.zero_last_layer()
         self.patterns = nn.Embedding(num_patterns, dim) if num_patterns else None
 
     def forward(

@@ -23,6 +23,11 @@ class MLP(nn.Module):
         dims = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(dims))
 
+    def zero_last_layer(self) -> None:
+        """Start from an output of zero: boxes are then predicted where their reference is."""
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., input_dim) -> (..., output_dim)."""
         for layer in self.layers[:-1]:
