@@ -204,6 +204,17 @@ def test_an_existing_detectron2_script_can_predict(name: str, tmp_path: Path) ->
     assert instances.image_size == (90, 120) and len(instances) > 0
 
 
+def test_plain_keyword_arguments_build_it_without_a_configuration(name: str) -> None:
+    model = tiny.build(name).eval()
+    cls = type(model)
+    same = cls(**cls.from_config(tiny.cfg_of(name)))
+    same.load_state_dict(model.state_dict())
+    inputs = tiny.batch()
+    with torch.no_grad():
+        a, b = (x.eval().predict(x.preprocess_image(inputs)) for x in (model, same))
+    assert torch.equal(a.layer_logits, b.layer_logits) and torch.equal(a.layer_boxes, b.layer_boxes)
+
+
 def test_it_trains_on_what_it_is_shown(name: str) -> None:
     torch.manual_seed(0)
     model = tiny.build(name).train()

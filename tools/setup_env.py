@@ -456,7 +456,7 @@ class Setup:
         )
         keys["package"] = digest(
             script, pins, self.root, find_compiler(), shutil.which("nvcc"), os.environ.get("CUDA_HOME"),
-            file_digest(os.path.join(self.root, "setup.py"), os.path.join(self.root, "pyproject.toml")),
+            file_digest(*(os.path.join(self.root, name) for name in ("setup.py", "build_ext.py", "pyproject.toml"))),
             [os.path.relpath(path, self.root) for path in find_files(package, SOURCE_SUFFIXES)],
             file_digest(*find_files(package, SOURCE_SUFFIXES)),
         )  # fmt: skip
