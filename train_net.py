@@ -37,7 +37,8 @@ def main(args: argparse.Namespace) -> Any:
     if args.eval_only:
         check_class_count(cfg)
         model = Trainer.build_model(cfg)
-        DETRCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = DETRCheckpointer(model, cfg.OUTPUT_DIR, whole=True)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return Trainer.test(cfg, model)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)

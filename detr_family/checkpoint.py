@@ -76,6 +76,7 @@ class DETRCheckpointer(DetectionCheckpointer):
         model: the detector, wrapped for several processes or not.
         save_dir: where `save` writes.
         strict: a detector's checkpoint must fill the model exactly; with False what differs is only logged.
+        whole: only a detector's checkpoint will do, as for evaluation; a backbone's or none is refused.
         class_names: names of the model's classes, kept in every checkpoint under `class_names`.
         save_to_disk: as in Detectron2.
         checkpointables: what else is saved and resumed.
@@ -87,12 +88,14 @@ class DETRCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         strict: bool = True,
+        whole: bool = False,
         class_names: Sequence[str] | None = None,
         save_to_disk: bool | None = None,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.strict = strict
+        self.whole = whole
         self.class_names = class_names
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -118,6 +121,8 @@ class DETRCheckpointer(DetectionCheckpointer):
         try:
             if path:
                 self._require_file(path)
+            elif self.whole:
+                raise ValueError("MODEL.WEIGHTS is empty: name a detector's checkpoint there")
             return super().load(path, *args, **kwargs)
         finally:
             # Detectron2 forgets to, when loading fails.
@@ -162,6 +167,10 @@ class DETRCheckpointer(DetectionCheckpointer):
         checkpoint["model"] = state
         if not backbone_only:
             self._check(checkpoint)
+        elif self.whole:
+            raise ValueError(
+                f"{self._path} holds a backbone without a detector: name a detector's checkpoint in MODEL.WEIGHTS"
+            )
         incompatible = super()._load_model(checkpoint)
         if {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
             raise ValueError(f"no weight in {self._path} belongs to this model: correct MODEL.WEIGHTS")

@@ -138,6 +138,17 @@ def test_weights_of_nothing_here_are_refused(cfg: CfgNode, tmp_path: Path) -> No
         DETRCheckpointer(Resnet(cfg)).load(str(tmp_path / "odd.pkl"))
 
 
+def test_evaluation_wants_a_whole_detector(cfg: CfgNode, tmp_path: Path) -> None:
+    model = Resnet(cfg)
+    state = {k.removeprefix("backbone."): v.numpy() for k, v in model.state_dict().items()}
+    blob = {"model": state, "__author__": "torchvision", "matching_heuristics": True}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(blob))
+    with pytest.raises(ValueError, match=r"R-50\.pkl holds a backbone without a detector"):
+        DETRCheckpointer(model, whole=True).load(str(tmp_path / "R-50.pkl"))
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is empty"):
+        DETRCheckpointer(model, whole=True).load("")
+
+
 class Bomb:
     """Touches a file when unpickled."""
 

@@ -85,7 +85,10 @@ DAB_RULES: Rules = [
         DECODER + r"(self|cross)_attn\.\2_attn_(query|key)_(content|pos)_proj",
         lambda m: f"transformer.decoder.layers.{m[1]}.{m[2][0]}a_{m[3][0]}{m[4]}_proj",
     ),
-    (DECODER + r"(self|cross)_attn\.\2_attn_value_proj", lambda m: f"transformer.decoder.layers.{m[1]}.{m[2][0]}a_v_proj"),
+    (
+        DECODER + r"(self|cross)_attn\.\2_attn_value_proj",
+        lambda m: f"transformer.decoder.layers.{m[1]}.{m[2][0]}a_v_proj",
+    ),
     (DECODER + r"cross_attn\.cross_attn_query_pos_sine_proj", r"transformer.decoder.layers.\1.ca_qpos_sine_proj"),
     (DECODER + r"(self|cross)_attn\.\2_attn\.output_proj", r"transformer.decoder.layers.\1.\2_attn.out_proj"),
 ]
