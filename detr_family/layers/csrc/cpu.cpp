@@ -12,10 +12,17 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "cpu_problem.h"
-#include "point.h"
+
+#if defined(__GNUC__)
+#define DETR_INLINE inline __attribute__((always_inline))
+#else
+#define DETR_INLINE inline
+#endif
 
 namespace detr_family {
 
@@ -154,7 +161,8 @@ void run_backward(Problem<T>& problem) {
   });
   if (by_level && problem.reference != nullptr) {
     torch::stable::parallel_for(0, problem.queries * heads, 256, [&](int64_t begin, int64_t end) {
-      kernels.softmax_backward(problem, begin, end);
+      std::vector<T> scratch(problem.levels * problem.points + 64 / sizeof(T));
+      kernels.softmax_backward(problem, scratch.data(), begin, end);
     });
   }
 }

@@ -33,7 +33,8 @@ template <typename T>
 struct Kernels {
   void (*forward)(const Problem<T>&, int64_t b, int32_t m, int64_t query_begin, int64_t query_end);
   void (*backward)(const Problem<T>&, int64_t b, int32_t m, int32_t level_begin, int32_t level_end);
-  void (*softmax_backward)(const Problem<T>&, int64_t row_begin, int64_t row_end);  // rows: B*Q*M
+  // rows: B*Q*M; scratch: L*P rounded up to 64 bytes
+  void (*softmax_backward)(const Problem<T>&, T* scratch, int64_t row_begin, int64_t row_end);
 };
 
 }  // namespace detr_family
