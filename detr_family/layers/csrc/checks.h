@@ -61,7 +61,8 @@ inline void check_floating(const char* name, const Tensor& tensor) {
 }
 
 inline Operands check(const Tensor& value, const Tensor& shapes, const Tensor& starts,
-                      const std::optional<Tensor>& reference, const Tensor& numbers, const Tensor& weights) {
+                      const std::optional<Tensor>& reference, const Tensor& numbers, const Tensor& weights,
+                      bool narrow = false) {  // narrow: offsets and logits are taken as they come
   STD_TORCH_CHECK(value.dim() == 4, "ms_deform_attn: value must be (B, S, M, D)");
   STD_TORCH_CHECK(numbers.dim() == 6, "ms_deform_attn: locations or offsets must be (B, Q, M, L, P, 2)");
   check_floating("value", value);
@@ -90,8 +91,8 @@ inline Operands check(const Tensor& value, const Tensor& shapes, const Tensor& s
   in.shapes = as_contiguous(shapes);
   in.starts = as_contiguous(starts);
   in.value = as_contiguous(value);
-  in.numbers = cast(as_contiguous(numbers), in.compute);
-  in.weights = cast(as_contiguous(weights), in.compute);
+  in.numbers = cast(as_contiguous(numbers), narrow ? in.numbers_type : in.compute);
+  in.weights = cast(as_contiguous(weights), narrow ? in.weights_type : in.compute);
   if (reference.has_value()) {
     check_floating("reference_points", *reference);
     STD_TORCH_CHECK(reference->dim() == 4 && (reference->size(3) == 2 || reference->size(3) == 4),
