@@ -78,15 +78,16 @@ def make_inputs(case: str, batch: int, dtype: torch.dtype, device: str) -> Input
     locations, weights = fused_inputs(shapes, reference, offsets, logits)
     value = torch.randn(batch, sum(sizes), HEADS, CHANNELS, generator=generator)
     grad_output = torch.randn(batch, queries, HEADS * CHANNELS, generator=generator)
-    wide = [item.to(device) for item in (shapes, starts, reference)]
-    narrow = [item.to(device, dtype) for item in (offsets, logits)]
     return Inputs(
-        value.to(device, dtype),
-        *wide,
-        *narrow,
-        locations.to(device),
-        weights.to(device),
-        grad_output.to(device, dtype),
+        value=value.to(device, dtype),
+        shapes=shapes.to(device),
+        starts=starts.to(device),
+        reference=reference.to(device),
+        offsets=offsets.to(device, dtype),
+        logits=logits.to(device, dtype),
+        locations=locations.to(device),
+        weights=weights.to(device),
+        grad_output=grad_output.to(device, dtype),
     )
 
 
@@ -132,13 +133,13 @@ def contestants(inputs: Inputs) -> dict[str, tuple[Forward, bool]]:
         try:
             from deformops.registry import msda
 
-            for backend in ("triton", "cuda"):
-                found[f"deformops {backend}"] = (
-                    lambda x, backend=backend: msda(
-                        x.value, x.shapes, x.starts, x.locations, x.weights.to(x.value.dtype), backend=backend
-                    ),
-                    False,
+            def deformops(backend: str) -> Forward:
+                return lambda x: msda(
+                    x.value, x.shapes, x.starts, x.locations, x.weights.to(x.value.dtype), backend=backend
                 )
+
+            for backend in ("triton", "cuda"):
+                found[f"deformops {backend}"] = (deformops(backend), False)
         except ImportError:
             pass
     found["grid_sample, with softmax and locations"] = (grid_sample_from_offsets, True)
@@ -239,6 +240,16 @@ def print_tables(arguments: argparse.Namespace) -> None:
                 print(f"  detr_family over torch-ms-deform-attn: {ratio:.1f}x")
 
 
+def on_threads(run: Run, threads: int) -> Run:
+    """`run`, on so many threads."""
+
+    def threaded() -> object:
+        torch.set_num_threads(threads)
+        return run()
+
+    return threaded
+
+
 def print_scaling(arguments: argparse.Namespace) -> None:
     """Wall-clock time on one thread and on more; says something only where those cores are idle."""
     for name in arguments.cases:
@@ -246,14 +257,7 @@ def print_scaling(arguments: argparse.Namespace) -> None:
             inputs = make_inputs(name, arguments.batch, DTYPES[arguments.dtype], "cpu")
             forward = contestants(inputs)["detr_family"][0]
             run = prepare(forward, False, inputs, backward)
-            runs: dict[str, Run] = {}
-            for threads in (1, arguments.threads):
-
-                def threaded(threads: int = threads) -> object:
-                    torch.set_num_threads(threads)
-                    return run()
-
-                runs[str(threads)] = threaded
+            runs = {str(threads): on_threads(run, threads) for threads in (1, arguments.threads)}
             times = time_on_cpu(runs, arguments.repeats * 3, wall=True)
             ratio = times["1"] / times[str(arguments.threads)]
             title = f"{name} {'forward + backward' if backward else 'forward'}"

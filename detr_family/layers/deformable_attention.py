@@ -347,8 +347,8 @@ class MSDeformAttn(nn.Module):
         if padding_mask is not None:
             if padding_mask.dtype != torch.bool or padding_mask.shape != tokens.shape[:2]:
                 raise ValueError(
-                    f"MSDeformAttn: padding_mask must be bool (B, S) = {tuple(tokens.shape[:2])}, True = padding, "
-                    f"not {padding_mask.dtype} {tuple(padding_mask.shape)}"
+                    f"MSDeformAttn: padding_mask must be bool (B, S) = {tuple(tokens.shape[:2])}, "
+                    f"True = padding, not {padding_mask.dtype} {tuple(padding_mask.shape)}"
                 )
             value = value.masked_fill(padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, -1))  # B x S x M x D

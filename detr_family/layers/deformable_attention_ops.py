@@ -20,7 +20,7 @@ that one build serves torch 2.10 and later. Either may be missing: `missing_reas
 import ctypes
 import platform
 import warnings
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +84,12 @@ def _text(kind: str, symbol: str) -> str:
 
 
 def cpu_instructions() -> str:
-    """What the CPU kernels run with on this machine: "avx512", "avx2" or "generic"; "" without the
-    library."""
+    """What the CPU kernels run with here: "avx512", "avx2" or "generic"; "" without the library."""
     return _text("cpu", "detr_family_cpu_instructions")
 
 
 def cuda_arches() -> list[str]:
-    """The architectures in the CUDA library, as in TORCH_CUDA_ARCH_LIST: ["7.5", "9.0+PTX"]; [] without
-    it."""
+    """What the CUDA library was built for, as in TORCH_CUDA_ARCH_LIST: ["7.5", "9.0+PTX"]; [] without it."""
     return [arch for arch in _text("cuda", "detr_family_cuda_arches").split(";") if arch]
 
 
@@ -112,10 +110,14 @@ def arch_runs_on(arches: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # torch.compile asks once, and does not look inside
 def missing_reason(device_type: str, device_index: int | None, dtype: torch.dtype) -> str:
-    """Why values of this type on this device take the pure-torch path: one line, "" where a kernel serves
-    them."""
+    """Why such values take the pure-torch path, in one line; "" where a kernel serves them."""
+    return _missing_reason(device_type, device_index, dtype)
+
+
+@cache
+def _missing_reason(device_type: str, device_index: int | None, dtype: torch.dtype) -> str:
     if device_type not in LIBRARIES:
         return f"there is no kernel for devices of type {device_type!r}"
     if _loaded[device_type][0] is None:
@@ -133,7 +135,7 @@ def missing_reason(device_type: str, device_index: int | None, dtype: torch.dtyp
     return ""
 
 
-@lru_cache(maxsize=1)  # one warning, once
+@cache  # one warning, once
 def warn_slow(reason: str) -> None:
     """Says, the first time only, that deformable attention is on its slow path and why."""
     warnings.warn(f"ms_deform_attn runs on its slow pure-torch path: {reason}", RuntimeWarning, stacklevel=4)
@@ -183,9 +185,9 @@ def alert_nondeterministic(deterministic: bool, device_type: str) -> None:
     if deterministic or device_type != "cuda" or not torch.are_deterministic_algorithms_enabled():
         return
     message = (
-        "ms_deform_attn_backward on CUDA does not have a deterministic implementation with deterministic=False, "
-        "but you set 'torch.use_deterministic_algorithms(True)'. Pass deterministic=True to ms_deform_attn or "
-        "MSDeformAttn."
+        "ms_deform_attn_backward on CUDA does not have a deterministic implementation with "
+        "deterministic=False, but you set 'torch.use_deterministic_algorithms(True)'. Pass deterministic=True "
+        "to ms_deform_attn or MSDeformAttn."
     )
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError(message)
