@@ -323,17 +323,17 @@ struct Head {
       const Integers width = *reinterpret_cast<const Integers*>(scratch.width + k);
       const Integers height = *reinterpret_cast<const Integers*>(scratch.height + k);
       const Integers start = *reinterpret_cast<const Integers*>(scratch.start + k);
-      Axis<Vector, Integers, Integers> x, y;
+      Axis<Vector, Integers> x, y;
       locate(Order<T>::even(one, two), Vector(at(scratch.scale_x + k)), Vector(at(scratch.base_x + k)), width, x);
       locate(Order<T>::odd(one, two), Vector(at(scratch.scale_y + k)), Vector(at(scratch.base_y + k)), height, y);
-      const Integers inside[4] = {x.first & y.first, x.second & y.first, x.first & y.second, x.second & y.second};
+      const Integers outer[4] = {x.first | y.first, x.second | y.first, x.first | y.second, x.second | y.second};
       const Integers token = start + y.pixel * width + x.pixel;
       const Integers tokens[4] = {token, token + 1, token + width, token + width + 1};
       Vector weights[4];
       corner_weights(x.fraction, y.fraction, weight, weights);
       for (int c = 0; c < 4; ++c) {
-        at(scratch.corner[c] + k) = choose(inside[c], weights[c], Vector{});
-        *reinterpret_cast<Integers*>(scratch.token[c] + k) = choose(inside[c], tokens[c], outside);
+        at(scratch.corner[c] + k) = choose(outer[c] < 0, Vector{}, weights[c]);
+        *reinterpret_cast<Integers*>(scratch.token[c] + k) = choose(outer[c] < 0, outside, tokens[c]);
       }
       if (with_grad) {
         at(scratch.lx + k) = x.fraction;

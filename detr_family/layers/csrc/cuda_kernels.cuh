@@ -304,16 +304,16 @@ __device__ __forceinline__ void work_out(const Params& params, const Level* leve
       scale_x = params.reference_dims == 2 ? T(1) : reference[2] * size_x * part;
       scale_y = params.reference_dims == 2 ? T(1) : reference[3] * size_y * part;
     }
-    Axis<T, int32_t, bool> along_x, along_y;
+    Axis<T, int32_t> along_x, along_y;
     locate(x, scale_x, base_x, level.width, along_x);
     locate(y, scale_y, base_y, level.height, along_y);
-    const bool inside[4] = {along_x.first && along_y.first, along_x.second && along_y.first,
-                            along_x.first && along_y.second, along_x.second && along_y.second};
+    const int32_t outer[4] = {along_x.first | along_y.first, along_x.second | along_y.first,
+                              along_x.first | along_y.second, along_x.second | along_y.second};
     Weights<T> corners;
     corner_weights(along_x.fraction, along_y.fraction, attention, corners.corner);
     int32_t mask = 0;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) mask |= (inside[c] && there) ? 1 << c : 0;
+    for (int c = 0; c < 4; ++c) mask |= (outer[c] >= 0 && there) ? 1 << c : 0;
     const int32_t token = level.start + along_y.pixel * level.width + along_x.pixel;
     exchange.weights[slot * C::stride + i * C::group + lane] = corners;
     exchange.places[slot * C::stride + i * C::group + lane] = {token * 16 + mask, level.width};

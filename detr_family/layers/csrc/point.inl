@@ -19,18 +19,19 @@ DETR_INLINE float choose(bool condition, float a, float b) { return condition ? 
 DETR_INLINE double choose(bool condition, double a, double b) { return condition ? a : b; }
 DETR_INLINE int32_t choose(bool condition, int32_t a, int32_t b) { return condition ? a : b; }
 
-// One axis of a point: the pixel before it, the distance to that pixel, whether it and the next one exist.
-template <typename T, typename I, typename Mask>
+// One axis of a point: the pixel before it, the distance to that pixel, and whether it and the next one exist, as
+// numbers that are negative where they do not: those of two axes are joined by an `or`.
+template <typename T, typename I>
 struct Axis {
   I pixel;
   T fraction;
-  Mask first, second;
+  I first, second;
 };
 
 // Pixels exist from 0 to size - 1. NaN, infinities and whatever no int holds count as outside: the comparisons are
 // such that NaN becomes -2, two pixels before the first.
-template <typename T, typename I, typename Mask>
-DETR_INLINE void locate(T number, T scale, T base, I size, Axis<T, I, Mask>& axis) {
+template <typename T, typename I>
+DETR_INLINE void locate(T number, T scale, T base, I size, Axis<T, I>& axis) {
   T end, whole;
   to_number(size, end);
   const T far = end * 0 - 2;
@@ -43,8 +44,8 @@ DETR_INLINE void locate(T number, T scale, T base, I size, Axis<T, I, Mask>& axi
   to_number(pixel, whole);
   axis.pixel = pixel;
   axis.fraction = x - whole;
-  axis.first = (pixel >= 0) & (pixel < size);
-  axis.second = (pixel >= -1) & (pixel < size - 1);
+  axis.first = pixel | (size - 1 - pixel);
+  axis.second = (pixel + 1) | (size - 2 - pixel);
 }
 
 // Weights of the four corners: bilinear times `attention`.
