@@ -128,15 +128,23 @@ static DETR_INLINE void softmax(T* numbers, int32_t count, int32_t padded) {
 // What is worked out once per query and head for its points, one array per quantity. The number of points is rounded
 // up to whole vectors; the padding lies outside every level.
 template <typename T>
+struct Points {
+  using Integer = typename Simd<T>::Integer;
+  T *scale_x, *scale_y;          // padded: see point.inl
+  T *attention, *lx, *ly;        // padded
+  T* corner[4];                  // padded: weight of each corner
+  Integer* token[4];             // padded: the corner's token, -1 outside (or the copies' last row)
+};
+
+template <typename T>
 struct Scratch {
   using Integer = typename Simd<T>::Integer;
   int32_t count = 0, padded = 0;           // points in all, and rounded up
-  T *scale_x, *scale_y, *base_x, *base_y;  // padded: see point.inl
+  Points<T> points[2];                     // of the query at work, and of the next: what was just written is slow to
+                                           // read in pieces of another size
+  T *base_x, *base_y;                      // padded: see point.inl
   Integer *width, *height, *start;         // padded: of the point's level; start counts from the task's first token
-  T *number, *attention, *lx, *ly;         // padded (number: x 2)
-  T* corner[4];                            // padded: weight of each corner
-  Integer* token[4];                       // padded: the corner's token, -1 outside (or the copies' last row)
-  T *dots, *grad_attention;                // padded x 4 and padded
+  T *number, *dots, *grad_attention;       // padded x 2, x 4 and x 1
   T *softmax_all, *zeros, *dump;           // all points of a query; channels: read, and written, for corners outside
   T *value, *grad_value;                   // (tokens + 1) x channels: the head's copies, where there are such
   void* memory = nullptr;
@@ -149,20 +157,22 @@ struct Scratch {
     const int64_t row = round_up(problem.channels);
     const int64_t all = round_up(int64_t(problem.levels) * problem.points);
     const int64_t copy = problem.head_major ? round_up((tokens + 1) * problem.channels) : 0;
-    memory = __builtin_malloc((25 * padded + all + 2 * row + (with_grad ? 2 : 1) * copy) * sizeof(T) + 32 * 64);
+    memory = __builtin_malloc((38 * padded + all + 2 * row + (with_grad ? 2 : 1) * copy) * sizeof(T) + 48 * 64);
     char* next = static_cast<char*>(memory);
     const auto take = [&next](auto*& pointer, int64_t number) {
       next += (64 - reinterpret_cast<uintptr_t>(next) % 64) % 64;
       pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
       next += number * sizeof(*pointer);
     };
-    for (T** pointer : {&scale_x, &scale_y, &base_x, &base_y, &attention, &lx, &ly, &grad_attention})
-      take(*pointer, padded);
-    for (Integer** pointer : {&width, &height, &start}) take(*pointer, padded);
-    for (int c = 0; c < 4; ++c) {
-      take(corner[c], padded);
-      take(token[c], padded);
+    for (Points<T>& set : points) {
+      for (T** pointer : {&set.scale_x, &set.scale_y, &set.attention, &set.lx, &set.ly}) take(*pointer, padded);
+      for (int c = 0; c < 4; ++c) {
+        take(set.corner[c], padded);
+        take(set.token[c], padded);
+      }
     }
+    for (T** pointer : {&base_x, &base_y, &grad_attention}) take(*pointer, padded);
+    for (Integer** pointer : {&width, &height, &start}) take(*pointer, padded);
     take(number, padded * 2);
     take(dots, padded * 4);
     take(softmax_all, all);
@@ -173,10 +183,10 @@ struct Scratch {
     __builtin_memset(zeros, 0, row * sizeof(T));
     __builtin_memset(dump, 0, row * sizeof(T));
     __builtin_memset(number, 0, 2 * padded * sizeof(T));
+    __builtin_memset(dots, 0, 4 * padded * sizeof(T));
     for (int32_t k = 0; k < padded; ++k) {  // padding: a 1x1 level far from where its points are
-      scale_x[k] = scale_y[k] = T(0);
+      for (Points<T>& set : points) set.scale_x[k] = set.scale_y[k] = set.attention[k] = T(0);
       base_x[k] = base_y[k] = T(-2);
-      attention[k] = T(0);
       width[k] = height[k] = 1;
       start[k] = 0;
     }
@@ -236,8 +246,10 @@ struct Head {
         scratch.height[k] = Integer(problem.shapes[2 * l]);
         scratch.width[k] = Integer(problem.shapes[2 * l + 1]);
         scratch.start[k] = Integer(problem.starts[l] - token_begin);
-        scratch.scale_x[k] = T(scratch.width[k]);
-        scratch.scale_y[k] = T(scratch.height[k]);
+        for (Points<T>& set : scratch.points) {
+          set.scale_x[k] = T(scratch.width[k]);
+          set.scale_y[k] = T(scratch.height[k]);
+        }
         scratch.base_x[k] = scratch.base_y[k] = T(-0.5);
       }
     }
@@ -254,28 +266,28 @@ struct Head {
   }
 
   // Corners: where the value lies, and where its gradient goes.
-  DETR_INLINE const T* value_at(int c, int32_t k) const {
-    const int64_t token = scratch.token[c][k];
+  DETR_INLINE const T* value_at(const Points<T>& set, int c, int32_t k) const {
+    const int64_t token = set.token[c][k];
     return !copied && token < 0 ? scratch.zeros : base + token * (copied && D ? D : row_stride);
   }
-  DETR_INLINE T* grad_at(int c, int32_t k) const {
-    const int64_t token = scratch.token[c][k];
+  DETR_INLINE T* grad_at(const Points<T>& set, int c, int32_t k) const {
+    const int64_t token = set.token[c][k];
     return !copied && token < 0 ? scratch.dump : grad_base + token * (copied && D ? D : row_stride);
   }
 
   // The softmax runs over all levels of a query, of which this head's work may be a part.
-  DETR_INLINE void attend(int64_t q) {
+  DETR_INLINE void attend(int64_t q, Points<T>& set) {
     const int32_t all = problem.levels * problem.points, first = level_begin * problem.points;
     const T* logits = problem.weights + point(q) - first;
-    T* target = scratch.count == all ? scratch.attention : scratch.softmax_all;
+    T* target = scratch.count == all ? set.attention : scratch.softmax_all;
     for (int32_t k = 0; k < all; ++k) target[k] = logits[k];
     softmax(target, all, (all + lanes - 1) / lanes * lanes);
-    if (target != scratch.attention)
-      for (int32_t k = 0; k < scratch.count; ++k) scratch.attention[k] = target[first + k];
+    if (target != set.attention)
+      for (int32_t k = 0; k < scratch.count; ++k) set.attention[k] = target[first + k];
   }
 
   // Scale and base of each point from the query's reference points or boxes.
-  DETR_INLINE void refer(int64_t q) {
+  DETR_INLINE void refer(int64_t q, Points<T>& set) {
     const int32_t dims = problem.reference_dims, points = problem.points;
     const T* reference = problem.reference + ((b * problem.queries + q) * problem.levels + level_begin) * dims;
     const T part = T(0.5) / T(points);
@@ -286,18 +298,18 @@ struct Head {
       for (int32_t p = 0; p < points; ++p) {
         scratch.base_x[k + p] = x;
         scratch.base_y[k + p] = y;
-        scratch.scale_x[k + p] = sx;
-        scratch.scale_y[k + p] = sy;
+        set.scale_x[k + p] = sx;
+        set.scale_y[k + p] = sy;
       }
     }
   }
 
   // Fills the scratch for query q.
   template <bool with_grad>
-  DETR_INLINE void prepare(int64_t q) {
+  DETR_INLINE void prepare(int64_t q, Points<T>& set) {
     const int32_t count = scratch.count, padded = (count + lanes - 1) / lanes * lanes;
     const T* numbers = problem.numbers + point(q) * 2;
-    const T* attention = scratch.attention;
+    const T* attention = set.attention;
     const int64_t next = point(q + ahead);
     for (int32_t k = 0; k < count; k += 64 / sizeof(T)) {
       __builtin_prefetch(problem.numbers + next * 2 + k * 2);
@@ -305,12 +317,12 @@ struct Head {
       __builtin_prefetch(problem.weights + next + k);
     }
     if (problem.reference != nullptr) {
-      attend(q);
-      refer(q);
+      attend(q, set);
+      refer(q, set);
     } else if (count == padded) {
       attention = problem.weights + point(q);
     } else {
-      for (int32_t k = 0; k < count; ++k) scratch.attention[k] = problem.weights[point(q) + k];
+      for (int32_t k = 0; k < count; ++k) set.attention[k] = problem.weights[point(q) + k];
     }
     if (count != padded) {
       for (int32_t k = 0; k < 2 * count; ++k) scratch.number[k] = numbers[k];
@@ -324,39 +336,39 @@ struct Head {
       const Integers height = *reinterpret_cast<const Integers*>(scratch.height + k);
       const Integers start = *reinterpret_cast<const Integers*>(scratch.start + k);
       Axis<Vector, Integers> x, y;
-      locate(Order<T>::even(one, two), Vector(at(scratch.scale_x + k)), Vector(at(scratch.base_x + k)), width, x);
-      locate(Order<T>::odd(one, two), Vector(at(scratch.scale_y + k)), Vector(at(scratch.base_y + k)), height, y);
+      locate(Order<T>::even(one, two), Vector(at(set.scale_x + k)), Vector(at(scratch.base_x + k)), width, x);
+      locate(Order<T>::odd(one, two), Vector(at(set.scale_y + k)), Vector(at(scratch.base_y + k)), height, y);
       const Integers outer[4] = {x.first | y.first, x.second | y.first, x.first | y.second, x.second | y.second};
       const Integers token = start + y.pixel * width + x.pixel;
       const Integers tokens[4] = {token, token + 1, token + width, token + width + 1};
       Vector weights[4];
       corner_weights(x.fraction, y.fraction, weight, weights);
       for (int c = 0; c < 4; ++c) {
-        at(scratch.corner[c] + k) = choose(outer[c] < 0, Vector{}, weights[c]);
-        *reinterpret_cast<Integers*>(scratch.token[c] + k) = choose(outer[c] < 0, outside, tokens[c]);
+        at(set.corner[c] + k) = choose(outer[c] < 0, Vector{}, weights[c]);
+        *reinterpret_cast<Integers*>(set.token[c] + k) = choose(outer[c] < 0, outside, tokens[c]);
       }
       if (with_grad) {
-        at(scratch.lx + k) = x.fraction;
-        at(scratch.ly + k) = y.fraction;
-        if (attention != scratch.attention) at(scratch.attention + k) = weight;
+        at(set.lx + k) = x.fraction;
+        at(set.ly + k) = y.fraction;
+        if (attention != set.attention) at(set.attention + k) = weight;
       }
     }
   }
 
   // output[b, q, m] = sum over points and corners of weight times value
-  DETR_INLINE void gather(int64_t q) {
+  DETR_INLINE void gather(int64_t q, const Points<T>& set) {
     T* output = problem.output + row(q) * channels;
     const int32_t count = scratch.count;
     if constexpr (D != 0 && D % lanes == 0) {
       constexpr int parts = D / lanes;
       Vector upper[parts] = {}, lower[parts] = {};  // two sums each, so that one need not wait for the other
       for (int32_t k = 0; k < count; ++k) {
-        const T* p[4] = {value_at(0, k), value_at(1, k), value_at(2, k), value_at(3, k)};
+        const T* p[4] = {value_at(set, 0, k), value_at(set, 1, k), value_at(set, 2, k), value_at(set, 3, k)};
         for (int i = 0; i < parts; ++i) {
-          upper[i] += at(p[0] + i * lanes) * scratch.corner[0][k];
-          lower[i] += at(p[2] + i * lanes) * scratch.corner[2][k];
-          upper[i] += at(p[1] + i * lanes) * scratch.corner[1][k];
-          lower[i] += at(p[3] + i * lanes) * scratch.corner[3][k];
+          upper[i] += at(p[0] + i * lanes) * set.corner[0][k];
+          lower[i] += at(p[2] + i * lanes) * set.corner[2][k];
+          upper[i] += at(p[1] + i * lanes) * set.corner[1][k];
+          lower[i] += at(p[3] + i * lanes) * set.corner[3][k];
         }
       }
       for (int i = 0; i < parts; ++i) at(output + i * lanes) = upper[i] + lower[i];
@@ -365,20 +377,20 @@ struct Head {
       for (; d + lanes <= channels; d += lanes) {
         Vector sum = {};
         for (int32_t k = 0; k < count; ++k)
-          for (int c = 0; c < 4; ++c) sum += at(value_at(c, k) + d) * scratch.corner[c][k];
+          for (int c = 0; c < 4; ++c) sum += at(value_at(set, c, k) + d) * set.corner[c][k];
         at(output + d) = sum;
       }
       for (; d < channels; ++d) {
         T sum = T(0);
         for (int32_t k = 0; k < count; ++k)
-          for (int c = 0; c < 4; ++c) sum += value_at(c, k)[d] * scratch.corner[c][k];
+          for (int c = 0; c < 4; ++c) sum += value_at(set, c, k)[d] * set.corner[c][k];
         output[d] = sum;
       }
     }
   }
 
   // dots[k, c] = grad_output . value at corner c of point k, and grad_value at that corner += weight * grad_output
-  DETR_INLINE void scatter(int64_t q) {
+  DETR_INLINE void scatter(int64_t q, const Points<T>& set) {
     const T* grad = problem.grad_output + row(q) * channels;
     __builtin_prefetch(problem.grad_output + row(q + ahead) * channels);
     __builtin_prefetch(problem.grad_output + row(q + ahead) * channels + 64 / sizeof(T));
@@ -391,15 +403,15 @@ struct Head {
         Vector partial[lanes];
 #pragma GCC unroll 16
         for (int j = 0; j < lanes; ++j) {
-          const T* p = value_at(j % 4, k + j / 4);
+          const T* p = value_at(set, j % 4, k + j / 4);
           Vector product = at(p) * own[0];
           for (int i = 1; i < parts; ++i) product += at(p + i * lanes) * own[i];
           partial[j] = product;
         }
 #pragma GCC unroll 16
         for (int j = 0; j < lanes; ++j) {
-          T* p = grad_at(j % 4, k + j / 4);
-          for (int i = 0; i < parts; ++i) at(p + i * lanes) += own[i] * scratch.corner[j % 4][k + j / 4];
+          T* p = grad_at(set, j % 4, k + j / 4);
+          for (int i = 0; i < parts; ++i) at(p + i * lanes) += own[i] * set.corner[j % 4][k + j / 4];
         }
         // Sum over the lanes of each of the vectors, as one vector.
 #pragma GCC unroll 8
@@ -414,9 +426,9 @@ struct Head {
     } else {
       for (int32_t k = 0; k < scratch.count; ++k) {
         for (int c = 0; c < 4; ++c) {
-          const T* __restrict p = value_at(c, k);
-          T* __restrict g = grad_at(c, k);
-          const T weight = scratch.corner[c][k];
+          const T* __restrict p = value_at(set, c, k);
+          T* __restrict g = grad_at(set, c, k);
+          const T weight = set.corner[c][k];
           T dot = T(0);
           for (int32_t d = 0; d < channels; ++d) {
             dot += p[d] * grad[d];
@@ -429,7 +441,7 @@ struct Head {
   }
 
   // From the dots to the gradients of numbers and weights (of the softmax's output, where there is one).
-  DETR_INLINE void finish(int64_t q) {
+  DETR_INLINE void finish(int64_t q, const Points<T>& set) {
     const int32_t count = scratch.count, padded = (count + lanes - 1) / lanes * lanes;
     T* grad_numbers = problem.grad_numbers + point(q) * 2;
     T* grad_weights = problem.grad_weights + point(q);
@@ -444,10 +456,10 @@ struct Head {
       const Vector odd[2] = {Order<T>::odd(v[0], v[1]), Order<T>::odd(v[2], v[3])};
       const Vector dots[4] = {Order<T>::even(even[0], even[1]), Order<T>::even(odd[0], odd[1]),
                               Order<T>::odd(even[0], even[1]), Order<T>::odd(odd[0], odd[1])};
-      const Vector attention = at(scratch.attention + k);
+      const Vector attention = at(set.attention + k);
       PointGradient<Vector> gradient;
-      point_gradient(Vector(at(scratch.lx + k)), Vector(at(scratch.ly + k)), attention,
-                     Vector(at(scratch.scale_x + k)), Vector(at(scratch.scale_y + k)), dots, gradient);
+      point_gradient(Vector(at(set.lx + k)), Vector(at(set.ly + k)), attention,
+                     Vector(at(set.scale_x + k)), Vector(at(set.scale_y + k)), dots, gradient);
       at(to_weights + k) = gradient.attention;
       at(to_numbers + 2 * k) = Order<T>::zip_first(gradient.x, gradient.y);
       at(to_numbers + 2 * k + lanes) = Order<T>::zip_second(gradient.x, gradient.y);
@@ -457,7 +469,7 @@ struct Head {
       T total = T(0);
       for (int i = 0; i < lanes; ++i) total += sum[i];
       for (int32_t k = 0; k < padded; k += lanes)
-        at(to_weights + k) = softmax_gradient(Vector(at(scratch.attention + k)), Vector(at(to_weights + k)), total);
+        at(to_weights + k) = softmax_gradient(Vector(at(set.attention + k)), Vector(at(to_weights + k)), total);
     }
     if (to_weights != grad_weights)
       for (int32_t k = 0; k < count; ++k) grad_weights[k] = to_weights[k];
@@ -466,18 +478,21 @@ struct Head {
   }
 
   void forward(int64_t query_begin, int64_t query_end) {
+    prepare<false>(query_begin, scratch.points[0]);
     for (int64_t q = query_begin; q < query_end; ++q) {
-      prepare<false>(q);
-      gather(q);
+      const int now = (q - query_begin) % 2;
+      if (q + 1 < query_end) prepare<false>(q + 1, scratch.points[1 - now]);
+      gather(q, scratch.points[now]);
     }
   }
 
   void backward() {
-    for (int32_t k = 0; k < 4 * scratch.padded; ++k) scratch.dots[k] = T(0);
+    if (problem.queries > 0) prepare<true>(0, scratch.points[0]);
     for (int64_t q = 0; q < problem.queries; ++q) {
-      prepare<true>(q);
-      scatter(q);
-      finish(q);
+      Points<T>& set = scratch.points[q % 2];
+      if (q + 1 < problem.queries) prepare<true>(q + 1, scratch.points[1 - q % 2]);
+      scatter(q, set);
+      finish(q, set);
     }
     if (copied) {
       const int64_t full = int64_t(problem.heads) * channels;
