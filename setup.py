@@ -14,7 +14,7 @@ from build_ext import BuildExt, extensions
 setup(
     name="detr_family",
     version="0.1.0",
-    description="DETR, Conditional DETR, DAB-DETR, DN-DETR and DINO as ordinary Detectron2 meta-architectures",
+    description="DETR, Conditional DETR, DAB-DETR, DN-DETR, DINO as ordinary Detectron2 meta-architectures",
     license="Apache-2.0",
     packages=find_packages(include=["detr_family", "detr_family.*"]),
     package_data={"detr_family.layers": ["csrc/*"]},

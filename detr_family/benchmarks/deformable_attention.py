@@ -292,6 +292,78 @@ def print_memory(arguments: argparse.Namespace) -> None:
             print(f"  {contestant:44}{int(result.stdout.split()[-1]) / 2**20:10.0f}")
 
 
+def check(device: str, seed: int, rounds: int) -> bool:
+    """Compares outputs and gradients with float64 on the CPU for fresh random sizes; says what differs."""
+    random = torch.Generator().manual_seed(seed)
+
+    def pick(*choices: int) -> int:
+        return choices[int(torch.randint(len(choices), (), generator=random))]
+
+    tolerances = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2, torch.float64: 1e-11}
+    worst = dict.fromkeys(tolerances, 0.0)
+    for round_number in range(rounds):
+        batch, heads, channels = pick(1, 2, 3, 24), pick(1, 3, 8), pick(32, 32, 32, 16, 64, 5, 20)
+        points, levels = pick(4, 4, 3, 7), pick(1, 3, 4, 5)
+        shapes = [(pick(1, 7, 19, 32), pick(1, 9, 16, 33)) for _ in range(levels)]
+        sizes = [height * width for height, width in shapes]
+        queries = pick(1, 37, 130, sum(sizes))
+        starts = [sum(sizes[:index]) for index in range(levels)]
+        scale = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float64)[:, None]
+        shape = (batch, queries, heads, levels, points, 2)
+        # off the knots of the interpolation, where derivatives jump; some pixels outside
+        whole = (torch.rand(shape, generator=random) * 1.4 * scale - 0.2 * scale).floor()
+        pixels = whole + 0.1 + 0.8 * torch.rand(shape, generator=random)
+        value = torch.randn(batch, sum(sizes), heads, channels, generator=random)
+        numbers = torch.randn(shape[:-1], generator=random)
+        grad = torch.randn(batch, queries, heads * channels, generator=random)
+        for dtype, tolerance in tolerances.items():
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            locations = ((pixels + 0.5) / scale).to(wide)
+            for fused in (False, True):
+                # offsets and logits of 16 bits, too: rounded, the points still keep off the knots
+                narrow = dtype if fused and round_number % 2 else wide
+                anchors = torch.full((batch, queries, levels, 2), 0.5)
+                offsets = (pixels + 0.5 - 0.5 * scale).to(wide)
+                second = offsets if fused else locations
+                for deterministic in (False, True):
+                    inputs = [value.to(dtype), second.to(narrow), numbers.to(narrow)]
+                    leaves = [item.to(device).requires_grad_() for item in inputs]
+                    exact = [item.double().requires_grad_() for item in inputs]
+                    where = [torch.tensor(shapes, device=device), torch.tensor(starts, device=device)]
+                    if fused:
+                        output = torch.ops.detr_family.ms_deform_attn_fused_forward(
+                            leaves[0], *where, anchors.to(device), leaves[1], leaves[2], deterministic
+                        )
+                        made = fused_inputs(torch.tensor(shapes), anchors.double(), exact[1], exact[2])
+                        expected = ms_deform_attn_torch(exact[0], shapes, *made)
+                    else:
+                        output = ms_deform_attn(
+                            leaves[0], *where, leaves[1], leaves[2], deterministic=deterministic
+                        )
+                        expected = ms_deform_attn_torch(exact[0], shapes, *exact[1:])
+                    grads = torch.autograd.grad(output, leaves, grad.to(output))
+                    exact_grads = torch.autograd.grad(expected, exact, grad.to(dtype).double())
+                    pairs = zip((output, *grads), (expected, *exact_grads), strict=True)
+                    for name, (result, other) in zip(
+                        ("output", "value", "second", "third"), pairs, strict=True
+                    ):
+                        difference = (result.detach().double().cpu() - other.detach()).abs().max()
+                        error = float(difference / other.detach().abs().max().clamp(min=1e-3))
+                        worst[dtype] = max(worst[dtype], error)
+                        if not error <= tolerance:
+                            print(
+                                f"DIFFERS by {error:.1e} in {name}: round {round_number}, {dtype}, "
+                                f"fused {fused}, deterministic {deterministic}, B={batch} Q={queries} "
+                                f"M={heads} D={channels} P={points} levels {shapes}"
+                            )
+    fine = all(worst[dtype] <= tolerance for dtype, tolerance in tolerances.items())
+    errors = ", ".join(f"{str(dtype).removeprefix('torch.')} {error:.1e}" for dtype, error in worst.items())
+    print(
+        f"{'all within tolerance' if fine else 'NOT ALL WITHIN TOLERANCE'} on {device}, seed {seed}: {errors}"
+    )
+    return fine
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -303,11 +375,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--cases", nargs="+", default=["encoder", "decoder"], choices=["encoder", "decoder"])
+    parser.add_argument("--check", type=int, metavar="ROUNDS", help="compare with float64 on random inputs")
+    parser.add_argument("--seed", type=int, default=None, help="of --check; fresh unless given")
     parser.add_argument("--scaling", action="store_true", help="one thread against --threads, wall-clock")
     parser.add_argument("--memory", action="store_true", help="peak memory on the CPU")
     arguments = parser.parse_args()
     for key, text in ops.describe().items():
         print(f"{key}: {text}")
+    if arguments.check:
+        seed = torch.seed() % 2**31 if arguments.seed is None else arguments.seed
+        sys.exit(0 if check(arguments.device, seed, arguments.check) else 1)
     if arguments.scaling:
         print_scaling(arguments)
     elif arguments.memory:

@@ -186,8 +186,8 @@ def alert_nondeterministic(deterministic: bool, device_type: str) -> None:
         return
     message = (
         "ms_deform_attn_backward on CUDA does not have a deterministic implementation with "
-        "deterministic=False, but you set 'torch.use_deterministic_algorithms(True)'. Pass deterministic=True "
-        "to ms_deform_attn or MSDeformAttn."
+        "deterministic=False, but you set 'torch.use_deterministic_algorithms(True)'. "
+        "Pass deterministic=True to ms_deform_attn or MSDeformAttn."
     )
     if not torch.is_deterministic_algorithms_warn_only_enabled():
         raise RuntimeError(message)
