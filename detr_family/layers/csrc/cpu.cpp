@@ -99,11 +99,11 @@ Kernels<T> choose(int32_t channels) {
   return generic::kernels<T>(channels);
 }
 
-// Below this many corners per token a copy of the head costs more than it saves.
-constexpr int64_t kCornersPerToken = 16;
+// Below this many corners per token a copy of the head costs more than it saves; the backward writes one back, too.
+constexpr int64_t kForwardCorners = 2, kBackwardCorners = 16;
 
 template <typename T>
-Problem<T> describe(const Operands& in) {
+Problem<T> describe(const Operands& in, int64_t corners_per_token) {
   Problem<T> problem;
   problem.batch = in.batch;
   problem.tokens = in.tokens;
@@ -121,7 +121,7 @@ Problem<T> describe(const Operands& in) {
     problem.reference = static_cast<const T*>(in.reference->data_ptr());
     problem.reference_dims = int32_t(in.reference->size(3));
   }
-  problem.head_major = in.queries * in.levels * in.points * 4 >= kCornersPerToken * in.tokens;
+  problem.head_major = in.queries * in.levels * in.points * 4 >= corners_per_token * in.tokens;
   return problem;
 }
 
@@ -170,10 +170,10 @@ void run_backward(Problem<T>& problem) {
 Tensor forward(const Operands& in) {
   Tensor output = torch::stable::new_empty(in.value, {in.batch, in.queries, in.heads * in.channels});
   if (in.compute == ScalarType::Double) {
-    Problem<double> problem = describe<double>(in);
+    Problem<double> problem = describe<double>(in, kForwardCorners);
     run_forward(problem, static_cast<double*>(output.data_ptr()));
   } else {
-    Problem<float> problem = describe<float>(in);
+    Problem<float> problem = describe<float>(in, kForwardCorners);
     run_forward(problem, static_cast<float*>(output.data_ptr()));
   }
   return cast(output, in.value_type);
@@ -181,7 +181,7 @@ Tensor forward(const Operands& in) {
 
 template <typename T>
 void backward_of(const Operands& in, const Tensor& grad_output, Gradients& out) {
-  Problem<T> problem = describe<T>(in);
+  Problem<T> problem = describe<T>(in, kBackwardCorners);
   problem.grad_output = static_cast<const T*>(grad_output.data_ptr());
   // Head-major work writes every token of every level; otherwise it adds to what must be zero.
   if (!problem.head_major) torch::stable::zero_(out.value);

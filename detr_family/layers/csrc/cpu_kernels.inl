@@ -205,6 +205,8 @@ struct Head {
   using Integers = typename Simd<T>::Integers;
   static constexpr int lanes = Simd<T>::lanes;
   static constexpr int32_t ahead = 6;  // queries between a prefetch and its use
+  static constexpr int32_t rows_ahead = 24;  // tokens, likewise
+  static constexpr int32_t line = 64 / sizeof(T);  // of the cache, in numbers
 
   const Problem<T>& problem;
   const int64_t b;
@@ -232,7 +234,10 @@ struct Head {
     base = problem.value + first;
     if (with_grad) grad_base = problem.grad_value + first;
     if (copied) {
-      for (int64_t s = 0; s < token_count; ++s) copy_row(scratch.value + s * channels, base + s * full);
+      for (int64_t s = 0; s < token_count; ++s) {
+        for (int32_t d = 0; d < channels; d += line) __builtin_prefetch(base + (s + rows_ahead) * full + d);
+        copy_row(scratch.value + s * channels, base + s * full);
+      }
       __builtin_memset(scratch.value + token_count * channels, 0, channels * sizeof(T));
       base = scratch.value;
       if (with_grad) {
@@ -497,7 +502,10 @@ struct Head {
     if (copied) {
       const int64_t full = int64_t(problem.heads) * channels;
       T* to = problem.grad_value + (b * problem.tokens + token_begin) * full + int64_t(m) * channels;
-      for (int64_t s = 0; s < token_count; ++s) copy_row(to + s * full, scratch.grad_value + s * channels);
+      for (int64_t s = 0; s < token_count; ++s) {
+        for (int32_t d = 0; d < channels; d += line) __builtin_prefetch(to + (s + rows_ahead) * full + d, 1);
+        copy_row(to + s * full, scratch.grad_value + s * channels);
+      }
     }
   }
 };
