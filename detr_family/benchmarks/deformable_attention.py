@@ -13,6 +13,7 @@ graph where the contestant can be captured, else of calls in a row.
 """
 
 import argparse
+import ctypes
 import math
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -264,18 +266,28 @@ def print_scaling(arguments: argparse.Namespace) -> None:
             print(f"{title}: {arguments.threads} threads {ratio:.2f}x as fast as one")
 
 
+def _resident(field: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
 def peak_memory(name: str, contestant: str, batch: int) -> int:
     """Bytes that one forward + backward takes beyond its inputs, on the CPU; run in a process of its own."""
-    from resource import RUSAGE_SELF, getrusage
-
     inputs = make_inputs(name, batch, torch.float32, "cpu")
     small = make_inputs("decoder", 1, torch.float32, "cpu")
     forward, raw = contestants(inputs)[contestant]
     prepare(forward, raw, small, True)()  # loads code
     run = prepare(forward, raw, inputs, True)
-    before = getrusage(RUSAGE_SELF).ru_maxrss
-    run()
-    return (getrusage(RUSAGE_SELF).ru_maxrss - before) * 1024
+    ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, lest it be used again unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _resident("VmRSS")
+    kept = run()
+    peak = _resident("VmHWM") - before
+    del kept
+    return peak
 
 
 def print_memory(arguments: argparse.Namespace) -> None:
@@ -329,18 +341,30 @@ def check(device: str, seed: int, rounds: int) -> bool:
                     inputs = [value.to(dtype), second.to(narrow), numbers.to(narrow)]
                     leaves = [item.to(device).requires_grad_() for item in inputs]
                     exact = [item.double().requires_grad_() for item in inputs]
-                    where = [torch.tensor(shapes, device=device), torch.tensor(starts, device=device)]
+                    sizes_there = torch.tensor(shapes, device=device)
+                    starts_there = torch.tensor(starts, device=device)
                     if fused:
                         output = torch.ops.detr_family.ms_deform_attn_fused_forward(
-                            leaves[0], *where, anchors.to(device), leaves[1], leaves[2], deterministic
+                            leaves[0],
+                            sizes_there,
+                            starts_there,
+                            anchors.to(device),
+                            leaves[1],
+                            leaves[2],
+                            deterministic,
                         )
                         made = fused_inputs(torch.tensor(shapes), anchors.double(), exact[1], exact[2])
-                        expected = ms_deform_attn_torch(exact[0], shapes, *made)
+                        expected = ms_deform_attn_torch(exact[0], shapes, made[0], made[1])
                     else:
                         output = ms_deform_attn(
-                            leaves[0], *where, leaves[1], leaves[2], deterministic=deterministic
+                            leaves[0],
+                            sizes_there,
+                            starts_there,
+                            leaves[1],
+                            leaves[2],
+                            deterministic=deterministic,
                         )
-                        expected = ms_deform_attn_torch(exact[0], shapes, *exact[1:])
+                        expected = ms_deform_attn_torch(exact[0], shapes, exact[1], exact[2])
                     grads = torch.autograd.grad(output, leaves, grad.to(output))
                     exact_grads = torch.autograd.grad(expected, exact, grad.to(dtype).double())
                     pairs = zip((output, *grads), (expected, *exact_grads), strict=True)

@@ -585,13 +585,13 @@ def test_forward_keeps_its_inputs_only():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's peak as Linux gives it")
 def test_peak_memory():
-    """A forward + backward at the encoder's size stays below 220 MiB beyond its inputs (see docs)."""
+    """A forward + backward at the encoder's size stays below 110 MiB beyond its inputs (see docs)."""
     code = (
         "from detr_family.benchmarks.deformable_attention import peak_memory; "
         "print(peak_memory('encoder', 'detr_family', 1))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(result.stdout.split()[-1]) < 220 * 2**20
+    assert int(result.stdout.split()[-1]) < 110 * 2**20
 
 
 def test_grid_sample_convention():
