@@ -1,16 +1,35 @@
-"""Packaging of detr_family. The version and the ranges of what it needs stand here and nowhere else."""
+"""Packaging of detr_family. The version and the ranges of what it needs stand here and nowhere else.
+
+The two libraries of multi-scale deformable attention are optional: see build_ext.py.
+"""
+
+import sys
+from pathlib import Path
 
 from setuptools import find_packages, setup
+
+sys.path.insert(0, str(Path(__file__).parent))  # pip runs this file without its folder on the path
+from build_ext import BuildExt, extensions
 
 setup(
     name="detr_family",
     version="0.1.0",
-    description="DETR, Conditional DETR, DAB-DETR, DN-DETR and DINO as ordinary Detectron2 meta-architectures",
+    description="DETR, Conditional DETR, DAB-DETR, DN-DETR, DINO as ordinary Detectron2 meta-architectures",
     license="Apache-2.0",
     packages=find_packages(include=["detr_family", "detr_family.*"]),
+    package_data={"detr_family.layers": ["csrc/*"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     python_requires=">=3.10",
     # Detectron2 is needed too; it is not on PyPI under its name (see README.md).
-    install_requires=["torch>=2.10", "torchvision>=0.25", "scipy>=1.10", "pycocotools>=2.0.7", "matplotlib>=3.7"],
+    install_requires=[
+        "torch>=2.10",
+        "torchvision>=0.25",
+        "scipy>=1.10",
+        "pycocotools>=2.0.7",
+        "matplotlib>=3.7",
+    ],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3"],
         "parity": ["transformers>=4.40"],

@@ -1,0 +1,187 @@
+"""Builds the two libraries of multi-scale deformable attention; setup.py passes its classes to setuptools.
+
+Both are plain shared libraries against torch's stable ABI (torch/csrc/stable): no pybind, no Python headers,
+one build for every Python and for torch 2.10 and later. So the compilers are called as they are, without
+torch's own machinery, which would refuse a toolkit of another version or a machine without a GPU for no need
+of ours.
+
+Nothing here ends an installation: what is missing is said in one line, and the package works without it,
+more slowly. FORCE_CUDA=1 makes a missing or failing CUDA toolkit an error. Other variables: CXX, CUDA_HOME,
+TORCH_CUDA_ARCH_LIST (default 7.5;8.0;9.0+PTX), NVCC_FLAGS.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("detr_family", "layers", "csrc")
+PACKAGE = "detr_family.layers"
+DEFAULT_ARCHES = "7.5;8.0;9.0+PTX"
+TARGET = "0x020a000000000000"  # torch 2.10, the oldest whose ABI is asked for
+AGAIN = "pip install -e . --no-build-isolation"
+
+
+class Missing(Exception):
+    """What keeps a library from being built, in one line."""
+
+
+def extensions() -> list[Extension]:
+    """The CPU's library and CUDA's; optional, so that setuptools takes their absence."""
+    common = ["checks.h", "point.inl"]
+    parts = {
+        "cpu": ("cpu.cpp", ["cpu_kernels.inl", "cpu_problem.h"]),
+        "cuda": ("cuda.cu", ["cuda_kernels.cuh", "cuda_params.h"]),
+    }
+    return [
+        Extension(
+            f"{PACKAGE}._ms_deform_attn_{kind}",
+            [str(SOURCES / source)],
+            depends=[str(SOURCES / name) for name in common + more],
+            py_limited_api=True,
+            optional=True,
+        )
+        for kind, (source, more) in parts.items()
+    ]
+
+
+def torch_folder() -> Path:
+    """Where torch is installed (without importing it)."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise Missing(f"torch is not there while building; install it first and run {AGAIN}")
+    folder = Path(spec.origin).parent
+    if not (folder / "include" / "torch" / "csrc" / "stable" / "ops.h").exists():
+        raise Missing("torch is older than 2.10, or came without its headers; install torch 2.10 or later")
+    return folder
+
+
+def torch_flags() -> tuple[list[str], list[str]]:
+    """Compiler's and linker's flags."""
+    folder = torch_folder()
+    link = [f"-L{folder / 'lib'}"]
+    if sys.platform == "linux":
+        link.append("-Wl,--no-as-needed")  # libtorch brings libtorch_cuda along where torch has that
+    return [f"-I{folder / 'include'}", f"-DTORCH_TARGET_VERSION={TARGET}"], [*link, "-ltorch", "-ltorch_cpu"]
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command."""
+    if sys.platform == "win32":
+        raise Missing("there is no recipe for Windows yet")
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["g++"], ["c++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise Missing(f"no C++ compiler found; install g++ 9 or later (or name one in CXX) and run {AGAIN}")
+
+
+def find_nvcc() -> str:
+    """The path of nvcc."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [Path(home, "bin", "nvcc")] if home else []
+    on_path = shutil.which("nvcc")
+    if on_path and not home:
+        places.append(Path(on_path))
+    places.append(Path("/usr/local/cuda/bin/nvcc"))
+    for place in places if not home else places[:1]:
+        if place.exists():
+            return str(place)
+    where = f"in CUDA_HOME={home}" if home else "on PATH or in /usr/local/cuda"
+    raise Missing(f"no nvcc {where}; install the CUDA toolkit (or set CUDA_HOME) and run {AGAIN}")
+
+
+def cuda_arches() -> list[str]:
+    """TORCH_CUDA_ARCH_LIST as a list: ["7.5", "8.0", "9.0+PTX"]."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES
+    arches = named.replace(",", ";").replace(" ", ";").split(";")
+    arches = [arch.strip() for arch in arches if arch.strip()]
+    for arch in arches:
+        if not arch.removesuffix("+PTX").rstrip("a").replace(".", "", 1).isdigit():
+            raise Missing(f"TORCH_CUDA_ARCH_LIST={named}: {arch!r} is no architecture such as 9.0 or 9.0+PTX")
+    return arches
+
+
+def arch_flags(arches: list[str]) -> list[str]:
+    """nvcc's flags for them."""
+    flags = []
+    for arch in arches:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if arch.endswith("+PTX"):
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def run(command: list[str], what: str) -> None:
+    """Runs a compiler; its first error becomes the one line."""
+    print(" ".join(command))
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    sys.stderr.write(result.stderr)
+    if result.returncode:
+        lines = (result.stderr + result.stdout).splitlines()
+        errors = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()]
+        raise Missing(f"{what} failed: {(errors or lines or ['no message'])[0].strip()}")
+
+
+class BuildExt(build_ext):
+    """Compiles each library with one call of its compiler, or says why not."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Replaces setuptools' own way."""
+        kind = ext.name.rsplit("_", 1)[1]
+        target = Path(self.get_ext_fullpath(ext.name))
+        newest = max(Path(name).stat().st_mtime for name in [*ext.sources, *ext.depends, __file__])
+        stamp = Path(self.build_temp, f"{ext.name}.command")
+        try:
+            command = self.command(kind, ext.sources[0], target)
+            fresh = target.exists() and target.stat().st_mtime > newest and not self.force
+            if fresh and stamp.exists() and stamp.read_text() == " ".join(command):
+                return
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            run(command, f"compiling {ext.sources[0]}")
+            stamp.write_text(" ".join(command))
+        except (Missing, OSError) as error:
+            if kind == "cuda" and os.environ.get("FORCE_CUDA", "0") not in ("", "0"):
+                raise RuntimeError(f"FORCE_CUDA is set, but: {error}") from error
+            slower = "CPU" if kind == "cpu" else "CUDA"
+            print(
+                f"detr_family: ms_deform_attn on {slower} will take the slow pure-torch path: {error}",
+                file=sys.stderr,
+            )
+
+    def command(self, kind: str, source: str, target: Path) -> list[str]:
+        """The one command that makes a library."""
+        compile_flags, link_flags = torch_flags()
+        if kind == "cpu":
+            flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden"]
+            flags += [
+                "-Wall",
+                "-Wno-attributes",
+                "-Wno-ignored-attributes",
+                "-Wno-psabi",
+                "-Wno-unknown-pragmas",
+            ]
+            if sys.platform == "darwin":
+                flags += ["-undefined", "dynamic_lookup"]
+            return [*find_compiler(), *flags, *compile_flags, source, *link_flags, "-o", str(target)]
+        if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+            raise Missing(f"there is no CUDA for {sys.platform} on {platform.machine()}")
+        arches = cuda_arches()
+        flags = ["-O3", "-std=c++17", "-shared", "-cudart=static", "--threads=2", "--expt-relaxed-constexpr"]
+        flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=20012,128", *arch_flags(arches)]
+        flags += [
+            f'-DDETR_FAMILY_ARCHES="{";".join(arches)}"',
+            *shlex.split(os.environ.get("NVCC_FLAGS", "")),
+        ]
+        links = [flag.replace("-Wl,", "-Xlinker=") for flag in link_flags]
+        return [find_nvcc(), *flags, *compile_flags, source, *links, "-o", str(target)]

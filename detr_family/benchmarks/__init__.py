@@ -1,0 +1,1 @@
+"""Measurements that docs/ cites; each module is a command: python -m detr_family.benchmarks.<module>."""

@@ -1,0 +1,242 @@
+// Multi-scale deformable attention on the CPU: checks, choice of instructions, threads, registration.
+//
+// Each head gathers from its own copy of the value (S x D instead of S x M*D, so that neighbouring tokens are
+// neighbours in memory too), unless there are so few queries that copying would cost more than it saves.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+#include "cpu_problem.h"
+
+#if defined(__GNUC__)
+#define DETR_INLINE inline __attribute__((always_inline))
+#else
+#define DETR_INLINE inline
+#endif
+
+namespace detr_family {
+
+#define VECTOR_BYTES 16
+namespace generic {
+#include "cpu_kernels.inl"
+}
+#undef VECTOR_BYTES
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define DETR_X86 1
+#define VECTOR_BYTES 32
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+#include "cpu_kernels.inl"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef VECTOR_BYTES
+
+#define VECTOR_BYTES 64
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
+#endif
+namespace avx512 {
+#include "cpu_kernels.inl"
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef VECTOR_BYTES
+#endif
+
+namespace {
+
+enum class Instructions { generic, avx2, avx512 };
+
+Instructions instructions() {
+  static const Instructions chosen = [] {
+#if defined(DETR_X86)
+    const char* wanted = std::getenv("DETR_FAMILY_CPU_INSTRUCTIONS");  // to test what this machine would not take
+    const std::string most = wanted == nullptr ? "avx512" : wanted;
+    const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has512 = has2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (has512 && most == "avx512") return Instructions::avx512;
+    if (has2 && most != "generic") return Instructions::avx2;
+#endif
+    return Instructions::generic;
+  }();
+  return chosen;
+}
+
+template <typename T>
+Kernels<T> choose(int32_t channels) {
+#if defined(DETR_X86)
+  if (instructions() == Instructions::avx512) return avx512::kernels<T>(channels);
+  if (instructions() == Instructions::avx2) return avx2::kernels<T>(channels);
+#endif
+  return generic::kernels<T>(channels);
+}
+
+// Below this many corners per token a copy of the head costs more than it saves; the backward writes one back, too.
+constexpr int64_t kForwardCorners = 2, kBackwardCorners = 16;
+
+template <typename T>
+Problem<T> describe(const Operands& in, int64_t corners_per_token) {
+  Problem<T> problem;
+  problem.batch = in.batch;
+  problem.tokens = in.tokens;
+  problem.queries = in.queries;
+  problem.heads = int32_t(in.heads);
+  problem.channels = int32_t(in.channels);
+  problem.levels = int32_t(in.levels);
+  problem.points = int32_t(in.points);
+  problem.shapes = static_cast<const int64_t*>(in.shapes.data_ptr());
+  problem.starts = static_cast<const int64_t*>(in.starts.data_ptr());
+  problem.value = static_cast<const T*>(in.value.data_ptr());
+  problem.numbers = static_cast<const T*>(in.numbers.data_ptr());
+  problem.weights = static_cast<const T*>(in.weights.data_ptr());
+  if (in.reference.has_value()) {
+    problem.reference = static_cast<const T*>(in.reference->data_ptr());
+    problem.reference_dims = int32_t(in.reference->size(3));
+  }
+  problem.head_major = in.queries * in.levels * in.points * 4 >= corners_per_token * in.tokens;
+  return problem;
+}
+
+template <typename T>
+void run_forward(Problem<T>& problem, T* output) {
+  problem.output = output;
+  const Kernels<T> kernels = choose<T>(problem.channels);
+  const int64_t heads = problem.batch * problem.heads;
+  if (heads == 0 || problem.queries == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t pieces = std::min((threads + heads - 1) / heads, (problem.queries + 63) / 64);
+  const int64_t step = (problem.queries + pieces - 1) / pieces;
+  torch::stable::parallel_for(0, heads * pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / pieces, first = task % pieces * step;
+      kernels.forward(problem, head / problem.heads, int32_t(head % problem.heads), first,
+                      std::min(first + step, problem.queries));
+    }
+  });
+}
+
+template <typename T>
+void run_backward(Problem<T>& problem) {
+  const Kernels<T> kernels = choose<T>(problem.channels);
+  const int64_t heads = problem.batch * problem.heads;
+  if (heads == 0) return;
+  // Levels share neither tokens nor points, so with more threads than heads they are tasks of their own.
+  const bool by_level = torch::stable::get_num_threads() > heads && problem.levels > 1;
+  const int64_t pieces = by_level ? problem.levels : 1;
+  torch::stable::parallel_for(0, heads * pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / pieces;
+      const int32_t level = int32_t(task % pieces);
+      kernels.backward(problem, head / problem.heads, int32_t(head % problem.heads), by_level ? level : 0,
+                       by_level ? level + 1 : problem.levels);
+    }
+  });
+  if (by_level && problem.reference != nullptr) {
+    torch::stable::parallel_for(0, problem.queries * heads, 256, [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(problem.levels * problem.points + 64 / sizeof(T));
+      kernels.softmax_backward(problem, scratch.data(), begin, end);
+    });
+  }
+}
+
+Tensor forward(const Operands& in) {
+  Tensor output = torch::stable::new_empty(in.value, {in.batch, in.queries, in.heads * in.channels});
+  if (in.compute == ScalarType::Double) {
+    Problem<double> problem = describe<double>(in, kForwardCorners);
+    run_forward(problem, static_cast<double*>(output.data_ptr()));
+  } else {
+    Problem<float> problem = describe<float>(in, kForwardCorners);
+    run_forward(problem, static_cast<float*>(output.data_ptr()));
+  }
+  return cast(output, in.value_type);
+}
+
+template <typename T>
+void backward_of(const Operands& in, const Tensor& grad_output, Gradients& out) {
+  Problem<T> problem = describe<T>(in, kBackwardCorners);
+  problem.grad_output = static_cast<const T*>(grad_output.data_ptr());
+  // Head-major work writes every token of every level; otherwise it adds to what must be zero.
+  if (!problem.head_major) torch::stable::zero_(out.value);
+  problem.grad_value = static_cast<T*>(out.value.data_ptr());
+  problem.grad_numbers = static_cast<T*>(out.numbers.data_ptr());
+  problem.grad_weights = static_cast<T*>(out.weights.data_ptr());
+  run_backward(problem);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Operands& in, const Tensor& grad_output) {
+  Tensor grad = cast(as_contiguous(grad_output), in.compute);
+  Gradients out{torch::stable::empty_like(in.value), torch::stable::empty_like(in.numbers),
+                torch::stable::empty_like(in.weights)};
+  if (in.compute == ScalarType::Double) {
+    backward_of<double>(in, grad, out);
+  } else {
+    backward_of<float>(in, grad, out);
+  }
+  return {cast(out.value, in.value_type), cast(out.numbers, in.numbers_type), cast(out.weights, in.weights_type)};
+}
+
+Tensor ms_deform_attn_forward(Tensor value, Tensor shapes, Tensor starts, Tensor locations, Tensor weights, bool) {
+  return forward(check_cpu(check(value, shapes, starts, std::nullopt, locations, weights)));
+}
+
+std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor shapes,
+                                                           Tensor starts, Tensor locations, Tensor weights, bool) {
+  return backward(check_cpu(check(value, shapes, starts, std::nullopt, locations, weights)), grad_output);
+}
+
+Tensor ms_deform_attn_fused_forward(Tensor value, Tensor shapes, Tensor starts, Tensor reference, Tensor offsets,
+                                    Tensor logits, bool) {
+  return forward(check_cpu(check(value, shapes, starts, reference, offsets, logits)));
+}
+
+std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, Tensor shapes,
+                                                                 Tensor starts, Tensor reference, Tensor offsets,
+                                                                 Tensor logits, bool) {
+  return backward(check_cpu(check(value, shapes, starts, reference, offsets, logits)), grad_output);
+}
+
+}  // namespace
+}  // namespace detr_family
+
+STABLE_TORCH_LIBRARY_IMPL(detr_family, CPU, m) {
+  m.impl("ms_deform_attn_forward", TORCH_BOX(&detr_family::ms_deform_attn_forward));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&detr_family::ms_deform_attn_backward));
+  m.impl("ms_deform_attn_fused_forward", TORCH_BOX(&detr_family::ms_deform_attn_fused_forward));
+  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&detr_family::ms_deform_attn_fused_backward));
+}
+
+extern "C" DETR_EXPORT const char* detr_family_cpu_instructions() {
+  switch (detr_family::instructions()) {
+    case detr_family::Instructions::avx512: return "avx512";
+    case detr_family::Instructions::avx2: return "avx2";
+    default: return "generic";
+  }
+}

@@ -1,0 +1,626 @@
+"""The operator's paths against one another and against float64; its packaging is in test_extension.py."""
+
+import math
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from detr_family.layers import MSDeformAttn, ms_deform_attn
+from detr_family.layers import deformable_attention as module
+from detr_family.layers import deformable_attention_ops as ops
+from detr_family.layers.deformable_attention_torch import fused_inputs, ms_deform_attn_torch
+
+SHAPES = [(9, 11), (5, 6), (1, 1)]  # L = 3, S = 130
+STARTS = [0, 99, 129]
+needs_native = pytest.mark.skipif(
+    ops.library_file("cpu") is None, reason="the CPU library is not built (no C++ compiler when installing)"
+)
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(ops.library_file("cuda") is None, reason="the CUDA library is not built"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+
+
+def numbers(
+    batch: int = 2,
+    queries: int = 7,
+    heads: int = 4,
+    channels: int = 16,
+    points: int = 5,
+    shapes: list[tuple[int, int]] = SHAPES,
+    dtype: torch.dtype = torch.float64,
+    reach: float = 1.4,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, locations (some outside, none near where the derivative jumps) and weights."""
+    generator = torch.Generator().manual_seed(batch + queries + channels + points)
+    tokens = sum(height * width for height, width in shapes)
+    value = torch.randn(batch, tokens, heads, channels, generator=generator, dtype=torch.float64)
+    size = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float64)[:, None]
+    shape = (batch, queries, heads, len(shapes), points, 2)
+    pixels = torch.rand(shape, generator=generator, dtype=torch.float64) * reach * size - 0.2 * size
+    fraction = torch.rand(shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+    locations = (pixels.floor() + fraction + 0.5) / size
+    weights = torch.randn(shape[:-1], generator=generator, dtype=torch.float64)
+    return value.to(dtype), locations.to(dtype), weights.to(dtype)
+
+
+def run(function, inputs, grad_output=None):
+    """Output and gradients of `inputs`."""
+    leaves = [item.detach().clone().requires_grad_() for item in inputs]
+    output = function(*leaves)
+    if grad_output is None:
+        generator = torch.Generator().manual_seed(3)
+        grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    output.backward(grad_output.to(output))
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def close(results, expected, tolerance):
+    for name, result, reference in zip(
+        ("output", "value", "second", "third"), results, expected, strict=True
+    ):
+        worst = (result.double().cpu() - reference).abs().max() / reference.abs().max()
+        assert worst <= tolerance, f"{name}: {worst:.2e} > {tolerance}"
+
+
+def native(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    return ms_deform_attn(value, SHAPES, STARTS, locations, weights)
+
+
+def reference(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    return ms_deform_attn_torch(value, SHAPES, locations, weights)
+
+
+def by_hand(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """Equation 3 number by number."""
+    batch, _, heads, channels = value.shape
+    queries, points = locations.shape[1], locations.shape[4]
+    output = torch.zeros(batch, queries, heads, channels, dtype=value.dtype)
+    for b, q, m, level, p in torch.cartesian_prod(
+        *(torch.arange(n) for n in (batch, queries, heads, len(SHAPES), points))
+    ).tolist():
+        height, width = SHAPES[level]
+        x = float(locations[b, q, m, level, p, 0]) * width - 0.5
+        y = float(locations[b, q, m, level, p, 1]) * height - 0.5
+        for column in (math.floor(x), math.floor(x) + 1):
+            for row in (math.floor(y), math.floor(y) + 1):
+                if 0 <= column < width and 0 <= row < height:
+                    weight = (1 - abs(x - column)) * (1 - abs(y - row)) * weights[b, q, m, level, p]
+                    output[b, q, m] += weight * value[b, STARTS[level] + row * width + column, m]
+    return output.flatten(2)
+
+
+def test_pure_torch_is_equation_3():
+    inputs = numbers(channels=3, heads=2, points=4)
+    torch.testing.assert_close(reference(*inputs), by_hand(*inputs))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels", [3, 16, 20, 32, 64])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)],
+)
+@needs_native
+def test_equals_float64(device: str, channels: int, dtype: torch.dtype, tolerance: float):
+    value, locations, weights = numbers(channels=channels)
+    value = value.to(dtype)  # the 16-bit value itself is the input; coordinates stay wide
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = run(reference, (value.double(), locations.to(wide).double(), weights.to(wide).double()))
+    results = run(native, (value.to(device), locations.to(device, wide), weights.to(device, wide)))
+    assert results[0].dtype == dtype and results[1].dtype == dtype and results[2].dtype == wide
+    close(results, expected, tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("reference_dims", [2, 4])
+@pytest.mark.parametrize(("points", "channels"), [(5, 16), (4, 32), (23, 8)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@needs_native
+def test_fused_equals_float64(device, reference_dims, points, channels, dtype, tolerance):
+    value, locations, logits = numbers(points=points, channels=channels)
+    generator = torch.Generator().manual_seed(5)
+    anchors = torch.rand(2, 7, 3, reference_dims, generator=generator, dtype=torch.float64)
+    # offsets that lead to those locations, which keep off the interpolation's knots
+    size = torch.tensor([(width, height) for height, width in SHAPES], dtype=torch.float64)[:, None]
+    away = locations - anchors[:, :, None, :, None, :2]
+    if reference_dims == 2:
+        offsets = away * size
+    else:
+        anchors[..., 2:] += 0.1
+        offsets = away / (anchors[:, :, None, :, None, 2:] * 0.5 / points)
+
+    def fused(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        return module._fused(value, SHAPES, STARTS, anchors.to(value), offsets, logits, False)
+
+    def unfused(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        return reference(value, *fused_inputs(torch.tensor(SHAPES), anchors, offsets, logits))
+
+    expected = run(unfused, (value, offsets, logits))
+    close(run(fused, [item.to(device, dtype) for item in (value, offsets, logits)]), expected, tolerance)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 3, 40])
+def test_threads_change_nothing(threads: int):
+    """One task per head, per level, and more threads than both."""
+    inputs = numbers(queries=150, points=4, channels=32, dtype=torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = run(native, inputs)
+        torch.set_num_threads(threads)
+        for result, other in zip(run(native, inputs), expected, strict=True):
+            torch.testing.assert_close(result, other, rtol=1e-6, atol=1e-5)
+        anchors = torch.rand(2, 150, 3, 2)
+
+        def fused(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+            return module._fused(value, SHAPES, STARTS, anchors, offsets, logits, False)
+
+        offsets = torch.full_like(inputs[1], 1.3)
+        results = run(fused, (inputs[0], offsets, inputs[2]))
+        torch.set_num_threads(1)
+        for result, other in zip(results, run(fused, (inputs[0], offsets, inputs[2])), strict=True):
+            torch.testing.assert_close(result, other, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("instructions", ["generic", "avx2", "avx512"])
+def test_every_set_of_instructions(instructions: str):
+    """The choice is made once per process, so each runs in its own."""
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_deformable_attention as t\n"
+        "for c, p in ((32, 4), (20, 5)):\n"
+        "    inputs = t.numbers(channels=c, points=p)\n"
+        "    t.close(t.run(t.native, [i.float() for i in inputs]), t.run(t.reference, inputs), 1e-5)\n"
+        "print(t.ops.cpu_instructions())"
+    )
+    environment = {**os.environ, "DETR_FAMILY_CPU_INSTRUCTIONS": instructions}
+    result = subprocess.run(
+        [sys.executable, "-c", code, os.path.dirname(__file__)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    if result.stdout.split()[-1] != instructions:
+        pytest.skip(f"this machine has no {instructions}")
+
+
+@needs_native
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradcheck(fused: bool):
+    shapes, starts = [(2, 4), (3, 1), (1, 1)], [0, 8, 11]
+    value, locations, weights = numbers(1, 3, 2, 5, points=2, shapes=shapes)
+    anchors = torch.full((1, 3, 3, 2), 0.31, dtype=torch.float64)
+
+    def function(value: Tensor, second: Tensor, third: Tensor) -> Tensor:
+        if fused:
+            return module._fused(value, shapes, starts, anchors, second, third, False)
+        return ms_deform_attn(value, shapes, starts, second, third)
+
+    second = torch.full_like(locations, 0.37) if fused else locations
+    inputs = [item.requires_grad_() for item in (value, second, weights)]
+    assert torch.autograd.gradcheck(function, inputs, eps=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pure", [False, True])
+def test_points_outside_and_not_finite(device: str, pure: bool):
+    """They sample nothing, get no gradient, and read nothing out of bounds."""
+    value, locations, weights = numbers(channels=32)
+    dtype = torch.float32
+    wild = [math.nan, math.inf, -math.inf, 1e30, -1e30, 3e9, -5.0, 2.0**31, 1.0 + 1e-3, -1e-3]
+    wild = torch.tensor(wild, dtype=torch.float64)
+    far = locations.clone()
+    far[0, :, :, :, 0, 0] = wild[torch.arange(7)][:, None, None]
+    far[1, :, :, :, 1, 1] = wild[3 + torch.arange(7)][:, None, None]
+    finite = far.nan_to_num(nan=-9.0).clamp(-9.0, 9.0)
+    expected = run(reference, (value, finite, weights))
+    inputs = [item.to(device, dtype) for item in (value, far, weights)]
+    if pure:
+        with module.pure_torch_path():
+            results = run(native, inputs)
+    else:
+        results = run(native, inputs)
+    assert all(result.isfinite().all() for result in results)
+    close(results, expected, 1e-4)
+    everywhere = torch.full_like(inputs[1], math.nan)
+    assert (native(inputs[0], everywhere, inputs[2]) == 0).all()
+
+
+@needs_native
+def test_not_finite_values_stay_where_they_are():
+    """A corner that lies outside is not read as zero times some pixel of the level."""
+    value, locations, weights = numbers(channels=32, dtype=torch.float32)
+    value[:, 0] = math.inf
+    value[:, 99] = math.nan
+    locations[:] = 0.97
+    assert native(value, locations, weights).isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("batch", "queries"), [(0, 7), (2, 0)])
+@pytest.mark.parametrize("pure", [False, True])
+def test_empty(device: str, batch: int, queries: int, pure: bool):
+    inputs = [item.float().to(device) for item in numbers(batch=batch, queries=queries)]
+    if pure:
+        with module.pure_torch_path():
+            results = run(native, inputs)
+    else:
+        results = run(native, inputs)
+    assert results[0].shape == (batch, queries, 64)
+    for item, result in zip(inputs, results[1:], strict=True):
+        assert result.shape == item.shape and (result == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_not_contiguous(device: str):
+    value, locations, weights = (item.float().to(device) for item in numbers(channels=32))
+    expected = run(native, (value, locations, weights))
+    value = value.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
+    locations = torch.cat((locations, locations), -1)[..., :2]
+    weights = weights.transpose(1, 4).contiguous().transpose(1, 4)
+    grad = torch.randn(64, 2, 7, 2).permute(1, 2, 3, 0).flatten(2)
+    assert not value.is_contiguous() and not locations.is_contiguous() and not weights.is_contiguous()
+    results = run(native, (value, locations, weights), grad)
+    for result, other in zip(results[:1], expected[:1], strict=True):
+        torch.testing.assert_close(result, other)
+    contiguous = [item.contiguous() for item in (value, locations, weights)]
+    for result, other in zip(results, run(native, contiguous, grad), strict=True):
+        torch.testing.assert_close(result, other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fused", [False, True])
+@needs_native
+def test_opcheck(device: str, fused: bool):
+    value, locations, weights = numbers(channels=8, dtype=torch.float32)
+    middle = [torch.rand(2, 7, 3, 4)] if fused else []
+    shapes, starts = torch.tensor(SHAPES), torch.tensor(STARTS)
+    arguments = [item.to(device) for item in (value, shapes, starts, *middle, locations, weights)]
+    for index in (0, -2, -1):
+        arguments[index] = arguments[index].requires_grad_()
+    name = "ms_deform_attn_fused" if fused else "ms_deform_attn"
+    forward = getattr(torch.ops.detr_family, f"{name}_forward").default
+    backward = getattr(torch.ops.detr_family, f"{name}_backward").default
+    torch.library.opcheck(forward, tuple(arguments), rtol=1e-4, atol=1e-5)
+    grad = torch.randn(2, 7, 32, device=device)
+    arguments = [item.detach() for item in arguments]
+    torch.library.opcheck(backward, (grad, *arguments), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@needs_native
+def test_autocast(device: str):
+    value, locations, weights = (item.float().to(device) for item in numbers(channels=32))
+    assert native(value, locations, weights).dtype == torch.float32
+    with torch.autocast(device, dtype=torch.bfloat16):
+        output = native(value, locations, weights)
+        with module.pure_torch_path():
+            pure = native(value, locations, weights)
+    assert output.dtype == pure.dtype == torch.bfloat16
+    # The value is rounded, the coordinates are not: at width 11 theirs would be off by several hundredths of
+    # a pixel.
+    exact = reference(value.bfloat16().double().cpu(), locations.double().cpu(), weights.double().cpu())
+    assert (output.double().cpu() - exact).abs().max() < 2**-8 * exact.abs().max()
+
+
+class Small(torch.nn.Module):
+    """A module around the operator, for compile and export."""
+
+    def __init__(self, shapes_as_list: bool) -> None:
+        super().__init__()
+        self.attention = MSDeformAttn(embed_dim=24, num_heads=3, num_levels=3, num_points=5)
+        self.shapes_as_list = shapes_as_list
+
+    def forward(
+        self, query: Tensor, points: Tensor, tokens: Tensor, shapes: Tensor, starts: Tensor
+    ) -> Tensor:
+        if self.shapes_as_list:
+            return self.attention(query, points, tokens, SHAPES, STARTS)
+        return self.attention(query, points, tokens, shapes, starts)
+
+
+def small_arguments() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 7, 24, generator=generator)
+    points = torch.rand(2, 7, 3, 2, generator=generator)
+    tokens = torch.randn(2, 130, 24, generator=generator)
+    return query, points, tokens, torch.tensor(SHAPES), torch.tensor(STARTS)
+
+
+@pytest.mark.parametrize("shapes_as_list", [False, True])
+def test_compile_fullgraph(shapes_as_list: bool):
+    torch._dynamo.reset()
+    model, arguments = Small(shapes_as_list), small_arguments()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    output = compiled(*arguments)
+    torch.testing.assert_close(output, model(*arguments))
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("shapes_as_list", [False, True])
+def test_export(shapes_as_list: bool):
+    model, arguments = Small(shapes_as_list).eval(), small_arguments()
+    program = torch.export.export(model, arguments)
+    torch.testing.assert_close(program.module()(*arguments), model(*arguments))
+    targets = {str(node.target) for node in program.graph.nodes}
+    if ops.library_file("cpu"):
+        assert any("detr_family.ms_deform_attn" in target for target in targets)
+
+
+def test_export_of_plain_operators():
+    model, arguments = Small(True).eval(), small_arguments()
+    with module.pure_torch_path():
+        program = torch.export.export(model, arguments)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert not any("detr_family" in target for target in targets)
+    assert any("grid_sampler" in target for target in targets)
+    torch.testing.assert_close(program.module()(*arguments), model(*arguments))
+
+
+def test_trace_takes_plain_operators():
+    model, arguments = Small(True).eval(), small_arguments()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, arguments, check_trace=False)
+    assert "detr_family::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(*arguments), model(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {**a, "value": a["value"][0]}, r"value must be \(B, S, M, D\), not \(130, 4, 16\)"),
+        (lambda a: {**a, "value": a["value"].long()}, "value must be float32.*int64"),
+        (lambda a: {**a, "spatial_shapes": [(9, 11), (5, 6), (2, 1)]}, "131 tokens, but value has S = 130"),
+        (lambda a: {**a, "spatial_shapes": torch.tensor([(9, 11), (5, 6), (2, 1)])}, "131 tokens"),
+        (lambda a: {**a, "spatial_shapes": [(9, 11), (31, 1), (0, 1)]}, "level without pixels"),
+        (lambda a: {**a, "spatial_shapes": torch.ones(3)}, r"spatial_shapes must be \(L, 2\) integers"),
+        (lambda a: {**a, "level_start_index": [0, 99, 128]}, r"level_start_index is \[0, 99, 128\]"),
+        (lambda a: {**a, "level_start_index": [0, 99]}, "2 entries for 3 levels"),
+        (lambda a: {**a, "locations": a["locations"][..., 0]}, "sampling_locations must be"),
+        (lambda a: {**a, "locations": a["locations"][:, :, :3]}, r"sampling_locations.*\(2, 7, 3, 3, 5, 2\)"),
+        (lambda a: {**a, "weights": a["weights"][:, :6]}, r"attention_weights.*not \(2, 6, 4, 3, 5\)"),
+        (lambda a: {**a, "weights": a["weights"].int()}, "attention_weights must be of a floating type"),
+    ],
+)
+def test_bad_input(change, message: str):
+    value, locations, weights = numbers(dtype=torch.float32)
+    arguments = {
+        "value": value,
+        "spatial_shapes": SHAPES,
+        "level_start_index": STARTS,
+        "locations": locations,
+        "weights": weights,
+    }
+    with pytest.raises(ValueError, match=message):
+        ms_deform_attn(*change(arguments).values())
+
+
+@needs_native
+def test_bad_input_to_the_operator_itself():
+    value, locations, weights = numbers(dtype=torch.float32)
+    shapes = torch.tensor([(9, 11), (5, 6), (4, 1)])
+    with pytest.raises(RuntimeError, match="133 tokens"):
+        torch.ops.detr_family.ms_deform_attn_forward(
+            value, shapes, torch.tensor([0, 99, 129]), locations, weights
+        )
+
+
+# ------------------------------------------------------------------------------------------------ the module
+def test_module_has_the_release_s_names_and_start():
+    layer = MSDeformAttn(embed_dim=256, num_heads=8, num_levels=4, num_points=4)
+    shapes = {name: tuple(item.shape) for name, item in layer.state_dict().items()}
+    assert shapes == {
+        "sampling_offsets.weight": (256, 256),
+        "sampling_offsets.bias": (256,),
+        "attention_weights.weight": (128, 256),
+        "attention_weights.bias": (128,),
+        "value_proj.weight": (256, 256),
+        "value_proj.bias": (256,),
+        "output_proj.weight": (256, 256),
+        "output_proj.bias": (256,),
+    }
+    bias = layer.sampling_offsets.bias.view(8, 4, 4, 2)
+    directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    for point in range(4):
+        expected = torch.tensor(directions, dtype=torch.float32) * (point + 1)
+        for level in range(4):
+            torch.testing.assert_close(bias[:, level, point], expected, atol=1e-5, rtol=0)
+    assert not layer.sampling_offsets.weight.any() and not layer.attention_weights.weight.any()
+    assert not layer.attention_weights.bias.any() and not layer.value_proj.bias.any()
+
+
+@pytest.mark.parametrize("reference_dims", [2, 4])
+@pytest.mark.parametrize("pure", [False, True])
+def test_module_is_its_formula(reference_dims: int, pure: bool):
+    layer = MSDeformAttn(embed_dim=24, num_heads=3, num_levels=3, num_points=5).double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
+    query, _, tokens, shapes, starts = (
+        item.double() if item.is_floating_point() else item for item in small_arguments()
+    )
+    anchors = torch.rand(2, 7, 3, reference_dims, generator=generator, dtype=torch.float64)
+    mask = torch.zeros(2, 130, dtype=torch.bool)
+    mask[1, 40:70] = True
+    value = layer.value_proj(tokens).masked_fill(mask[..., None], 0).view(2, 130, 3, 8)
+    offsets = layer.sampling_offsets(query).view(2, 7, 3, 3, 5, 2)
+    weights = layer.attention_weights(query).view(2, 7, 3, 15).softmax(-1).view(2, 7, 3, 3, 5)
+    if reference_dims == 2:
+        locations = anchors[:, :, None, :, None] + offsets / shapes.flip(-1)[:, None]
+    else:
+        box = anchors[:, :, None, :, None]
+        locations = box[..., :2] + offsets / 5 * box[..., 2:] * 0.5
+    expected = layer.output_proj(reference(value, locations, weights))
+    anchors.requires_grad_(pure)
+    if pure:
+        with module.pure_torch_path():
+            result = layer(query, anchors, tokens, shapes, starts, mask)
+    else:
+        result = layer(query, anchors, tokens, shapes, starts, mask)
+    torch.testing.assert_close(result, expected)
+    other = tokens.clone()
+    other[1, 40:70] = math.pi
+    torch.testing.assert_close(layer(query, anchors, other, shapes, starts, mask), expected)
+
+
+@pytest.mark.parametrize("wants", [False, True])
+def test_gradients_of_the_module(wants: bool):
+    """Of every parameter; of the reference points, too, where they ask for one (as they do not in DINO)."""
+    layer = MSDeformAttn(embed_dim=24, num_heads=3, num_levels=3, num_points=5).double()
+    torch.nn.init.normal_(layer.attention_weights.weight, std=0.3)
+    query, anchors, tokens, shapes, starts = (
+        item.double() if item.is_floating_point() else item for item in small_arguments()
+    )
+    anchors = anchors.requires_grad_(wants)
+    results = []
+    for pure in (False, True):
+        layer.zero_grad()
+        anchors.grad = None
+        if pure:
+            with module.pure_torch_path():
+                layer(query, anchors, tokens, shapes, starts).square().sum().backward()
+        else:
+            layer(query, anchors, tokens, shapes, starts).square().sum().backward()
+        results.append([parameter.grad.clone() for parameter in layer.parameters()] + [anchors.grad])
+    assert (results[0][-1] is not None) == wants
+    for result, other in zip(*results, strict=True):
+        if result is not None:
+            torch.testing.assert_close(result, other)
+
+
+def test_bad_input_to_the_module():
+    with pytest.raises(ValueError, match="embed_dim must be a multiple of num_heads, not 25 of 3"):
+        MSDeformAttn(embed_dim=25, num_heads=3, num_levels=3, num_points=5)
+    with pytest.raises(ValueError, match="must be positive, not 0 and 5"):
+        MSDeformAttn(embed_dim=24, num_heads=3, num_levels=0, num_points=5)
+    layer = MSDeformAttn(embed_dim=24, num_heads=3, num_levels=3, num_points=5)
+    query, anchors, tokens, shapes, starts = small_arguments()
+    with pytest.raises(ValueError, match=r"query must be \(B, Q, C\) with C = 24"):
+        layer(query[..., :23], anchors, tokens, shapes, starts)
+    with pytest.raises(ValueError, match="reference_points must be"):
+        layer(query, anchors[:, :, :2], tokens, shapes, starts)
+    with pytest.raises(ValueError, match=r"padding_mask must be bool \(B, S\)"):
+        layer(query, anchors, tokens, shapes, starts, torch.zeros(2, 130))
+
+
+# ------------------------------------------------------------------------------------------------- the rest
+def test_warns_once_with_the_reason(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(ops._loaded, "cpu", (None, "the cpu library was not built; with a C++ compiler ..."))
+    ops._missing_reason.cache_clear()
+    ops.warn_slow.cache_clear()
+    inputs = numbers(dtype=torch.float32)
+    try:
+        with pytest.warns(RuntimeWarning, match="slow pure-torch path: the cpu library was not built"):
+            native(*inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.testing.assert_close(native(*inputs), reference(*inputs))
+    finally:
+        ops._missing_reason.cache_clear()
+        ops.warn_slow.cache_clear()
+
+
+def test_arches():
+    assert ops.arch_runs_on(["7.5", "8.0", "9.0+PTX"], (8, 6))
+    assert ops.arch_runs_on(["7.5", "8.0", "9.0+PTX"], (12, 0))
+    assert not ops.arch_runs_on(["7.5", "8.0", "9.0"], (12, 0))
+    assert not ops.arch_runs_on(["9.0"], (8, 0))
+    assert not ops.arch_runs_on(["9.0a"], (10, 0)) and ops.arch_runs_on(["9.0a"], (9, 0))
+
+
+def test_alert(monkeypatch: pytest.MonkeyPatch):
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        with pytest.raises(RuntimeError, match=r"not have a deterministic.*Pass deterministic=True"):
+            ops.alert_nondeterministic(False, "cuda")
+        ops.alert_nondeterministic(True, "cuda")
+        ops.alert_nondeterministic(False, "cpu")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with pytest.warns(UserWarning, match="deterministic"):
+            ops.alert_nondeterministic(False, "cuda")
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@needs_native
+def test_backward_on_the_cpu_is_deterministic():
+    inputs = numbers(queries=90, channels=32, dtype=torch.float32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = run(native, inputs), run(native, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@needs_native
+def test_forward_keeps_its_inputs_only():
+    inputs = [item.requires_grad_() for item in numbers(dtype=torch.float32)]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda item: saved.append(item) or item, lambda item: item):
+        native(*inputs)
+    pointers = {item.data_ptr() for item in inputs}
+    large = [item for item in saved if item.numel() > 2 * len(SHAPES)]
+    assert len(large) == 3 and {item.data_ptr() for item in large} == pointers
+
+
+@needs_native
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's peak as Linux gives it")
+def test_peak_memory():
+    """A forward + backward at the encoder's size stays below 110 MiB beyond its inputs (see docs)."""
+    code = (
+        "from detr_family.benchmarks.deformable_attention import peak_memory; "
+        "print(peak_memory('encoder', 'detr_family', 1))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout.split()[-1]) < 110 * 2**20
+
+
+def test_grid_sample_convention():
+    """Pixel centres at (i + 0.5) / size: a location there gives that pixel alone."""
+    value = torch.arange(99.0).view(1, 99, 1, 1)
+    location = torch.tensor([(4 + 0.5) / 11, (6 + 0.5) / 9]).view(1, 1, 1, 1, 1, 2)
+    output = ms_deform_attn(value, [(9, 11)], [0], location, torch.ones(1, 1, 1, 1, 1))
+    torch.testing.assert_close(output.flatten(), torch.tensor([6 * 11 + 4.0]))
+    grid = (2 * location - 1).view(1, 1, 1, 2)
+    sampled = F.grid_sample(value.view(1, 1, 9, 11), grid, align_corners=False)
+    torch.testing.assert_close(sampled.flatten(), output.flatten())
+
+
+# ----------------------------------------------------------------------------------------------------- CUDA
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_deterministic_variant_and_alert_on_cuda():
+    value, locations, weights = (item.float().cuda() for item in numbers(queries=130, channels=32))
+
+    def function(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return ms_deform_attn(value, SHAPES, STARTS, locations, weights, deterministic=True)
+
+    expected = run(reference, [item.double().cpu() for item in (value, locations, weights)])
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (run(function, (value, locations, weights)) for _ in range(2))
+        close(first, expected, 1e-5)
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+        with pytest.raises(RuntimeError, match="deterministic"):
+            run(native, (value, locations, weights))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,141 @@
+"""Building and loading the operator's libraries; those that compile carry the marker `extension`."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr_family import collect_env
+from detr_family.layers import deformable_attention_ops as ops
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build_ext.py"
+in_checkout = pytest.mark.skipif(not BUILD.exists(), reason="not in a checkout of the sources")
+sys.path.insert(0, str(ROOT))
+
+
+def copy_sources(target: Path) -> None:
+    for name in ("setup.py", "build_ext.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, target)
+    shutil.copytree(
+        ROOT / "detr_family", target / "detr_family", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@in_checkout
+def test_building_never_fails_for_want_of_tools(tmp_path: Path):
+    copy_sources(tmp_path)
+    result = build(tmp_path, CXX="no-such-compiler", CUDA_HOME="/no/such/folder", FORCE_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith("detr_family: ")]
+    assert len(said) == 2
+    assert "no C++ compiler found; install g++" in said[0]
+    assert "no nvcc in CUDA_HOME=/no/such/folder; install the CUDA toolkit" in said[1]
+    assert not list(tmp_path.rglob("*.so"))
+    code = (
+        "import torch, warnings; warnings.simplefilter('error'); import detr_family.layers as l; "
+        "warnings.simplefilter('always'); v = torch.ones(1, 6, 1, 2); "
+        "x, w = torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1); "
+        "print(l.ms_deform_attn(v, [(2, 3)], [0], x, w))"
+    )
+    used = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "tensor([[[1., 1.]]])" in used.stdout, used.stderr
+    assert used.stderr.count("slow pure-torch path: the cpu library was not built") == 1
+
+
+@in_checkout
+def test_force_cuda_makes_it_an_error(tmp_path: Path):
+    copy_sources(tmp_path)
+    result = build(tmp_path, CXX="no-such-compiler", CUDA_HOME="/no/such/folder", FORCE_CUDA="1")
+    assert result.returncode != 0
+    assert "FORCE_CUDA is set, but: no nvcc in CUDA_HOME=/no/such/folder" in result.stderr
+
+
+@in_checkout
+def test_arch_list(monkeypatch: pytest.MonkeyPatch):
+    import build_ext
+
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert build_ext.cuda_arches() == ["7.5", "8.0", "9.0+PTX"]
+    assert build_ext.arch_flags(["8.0", "9.0+PTX"])[1::2] == [
+        "arch=compute_80,code=sm_80",
+        "arch=compute_90,code=sm_90",
+        "arch=compute_90,code=compute_90",
+    ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a")
+    assert build_ext.cuda_arches() == ["8.6", "9.0a"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(build_ext.Missing, match="'Hopper' is no architecture"):
+        build_ext.cuda_arches()
+
+
+@in_checkout
+@pytest.mark.extension
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="no C++ compiler")
+def test_cpu_library_builds(tmp_path: Path):
+    copy_sources(tmp_path)
+    result = build(tmp_path, CUDA_HOME="/no/such/folder", FORCE_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "detr_family" / "layers").glob("_ms_deform_attn_cpu*.so"))) == 1
+    code = (
+        "from detr_family.layers import deformable_attention_ops as o; "
+        "print(o.library_file('cpu'), o.cpu_instructions())"
+    )
+    used = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    file, instructions = used.stdout.split()
+    assert file.startswith(str(tmp_path)) and instructions in ("generic", "avx2", "avx512")
+
+
+@in_checkout
+@pytest.mark.extension
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="no CUDA toolkit"
+)
+def test_cuda_library_builds_and_loads_without_a_driver(tmp_path: Path):
+    copy_sources(tmp_path)
+    result = build(tmp_path, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    assert result.returncode == 0, result.stderr
+    code = (
+        "from detr_family.layers import deformable_attention_ops as o; "
+        "print(o._loaded['cuda'][1], o.cuda_arches())"
+    )
+    used = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert used.stdout.split() == ["['9.0']"]
+
+
+@pytest.mark.extension
+@pytest.mark.skipif(ops.library_file("cuda") is None, reason="the CUDA library is not built")
+def test_cuda_library_is_loaded_and_registered():
+    for name in ("forward", "backward", "fused_forward", "fused_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"detr_family::ms_deform_attn_{name}", "CUDA")
+    assert ops.cuda_arches()
+
+
+def test_collect_env():
+    lines = collect_env.collect_env()
+    assert lines["torch"].startswith(torch.__version__)
+    assert "ms_deform_attn on CPU" in lines and "ms_deform_attn on CUDA" in lines and "detectron2" in lines
+    native = ops.library_file("cpu") is not None
+    assert lines["path taken on cpu"].startswith("native" if native else "pure torch, slow: the cpu library")
