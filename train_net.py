@@ -19,6 +19,7 @@ from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import check_class_count, load_config
 from detr_family.datasets.coco import register_datasets
 from detr_family.engine import Trainer
+from detr_family.engine.processes import leave_process_group
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -33,7 +34,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def main(args: argparse.Namespace) -> Any:
     """What every process runs."""
-    cfg = setup(args)
+    result = run(setup(args), args)
+    leave_process_group()
+    return result
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
+    """Evaluate or train; returns the last evaluation's results."""
     if args.eval_only:
         check_class_count(cfg)
         model = Trainer.build_model(cfg)

@@ -3,6 +3,13 @@
 Importing the package registers them; `add_detr_family_config(cfg)` adds their keys to a configuration.
 """
 
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "detr_family needs Detectron2, which is not here: python tools/install_detectron2.py (see docs/install.md)"
+    ) from error
+
 from detr_family import backbone, conditional_detr, dab_detr, detr  # noqa: F401  (registered by being imported)
 from detr_family.config import add_detr_family_config
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from detectron2.utils import comm
 from torch import Tensor
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
@@ -22,11 +23,11 @@ ClassLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes; the tensor itself where there is one process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if comm.get_world_size() == 1:
         return value
     total = value.clone()
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total / comm.get_world_size()
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class SetCriterion:
     ) -> dict[str, Tensor]:
         """Weighted losses, the last layer's without and the earlier ones' with a suffix `_0`, `_1`, ...
 
-        L1 and GIoU are divided by the number of boxes in the batch, averaged over all processes, at least 1.
+        L1 and GIoU are divided by the number of boxes in the batch, averaged over all processes.
         A term of weight 0 stays in the dict as a zero that has a graph: no parameter goes without a gradient.
 
         Returns:
@@ -128,7 +129,8 @@ class SetCriterion:
         with torch.autocast(prediction.layer_logits.device.type, enabled=False):
             logits = prediction.layer_logits.float()  # N x B x Q x K
             num_layers = len(logits)
-            num_boxes = mean_over_ranks(logits.new_tensor(float(len(targets)))).clamp(min=1)
+            # At least one box in all processes together: so the loss never depends on how a batch is split.
+            num_boxes = mean_over_ranks(logits.new_tensor(float(len(targets)))).clamp(min=1 / comm.get_world_size())
 
             layer = torch.arange(num_layers, device=logits.device)[:, None]
             image = targets.image[assignment.target]  # N x M

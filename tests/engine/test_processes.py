@@ -11,6 +11,8 @@ import torch
 from detectron2.engine import create_ddp_model, launch
 from detectron2.utils import comm
 
+from detr_family.engine.processes import leave_process_group
+
 Result = tuple[dict[str, float], dict[str, torch.Tensor]]
 
 
@@ -24,6 +26,7 @@ def losses_and_gradients(name: str, batches: list[list[dict[str, Any]]], path: s
         mean = {k: sum(x[k] for x in gathered) / len(gathered) for k in losses}
         gradients = {k.removeprefix("module."): p.grad for k, p in model.named_parameters() if p.requires_grad}
         torch.save((mean, gradients), path)
+    leave_process_group()
 
 
 def in_processes(name: str, batches: list[list[dict[str, Any]]], path: Path) -> Result:
