@@ -9,6 +9,7 @@ same in distribution, as where the crop lies is as likely left as right.
 import copy
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
@@ -17,6 +18,20 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 _CROP_PROBABILITY = 0.5
+# The longer side before a crop, in units of the shorter: a picture of 10000x20 must not become one of 200000x400.
+_LONGEST_BEFORE_CROP = 16
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's, for pictures of any shape: none comes out with a side of 0 pixels."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """The resizing of one picture, (H, W) or (H, W, C)."""
+        transform = super().get_transform(image)
+        if isinstance(transform, T.ResizeTransform) and not (transform.new_h and transform.new_w):
+            height, width = max(transform.new_h, 1), max(transform.new_w, 1)
+            return T.ResizeTransform(transform.h, transform.w, height, width, transform.interp)
+        return transform
 
 
 class DETRDatasetMapper(DatasetMapper):
@@ -41,12 +56,19 @@ class DETRDatasetMapper(DatasetMapper):
             ValueError: INPUT.CROP.RESIZE is empty though INPUT.CROP.ENABLED.
         """
         arguments: dict[str, Any] = super().from_config(cfg, is_train)
+        arguments["augmentations"] = [
+            ResizeShortestEdge(a.short_edge_length, a.max_size, "range" if a.is_range else "choice", a.interp)
+            if type(a) is T.ResizeShortestEdge
+            else a
+            for a in arguments["augmentations"]
+        ]
         if is_train and cfg.INPUT.CROP.ENABLED:
             if not cfg.INPUT.CROP.RESIZE:
                 raise ValueError("INPUT.CROP.RESIZE is empty; give shorter sides in pixels, e.g. [400, 500, 600].")
             # Detectron2 puts its crop first and always applies it.
             crop = arguments["augmentations"][0]
-            resize = T.ResizeShortestEdge(list(cfg.INPUT.CROP.RESIZE), sample_style="choice")
+            sides = list(cfg.INPUT.CROP.RESIZE)
+            resize = ResizeShortestEdge(sides, _LONGEST_BEFORE_CROP * max(sides), sample_style="choice")
             arguments["augmentations"][0] = T.RandomApply(T.AugmentationList([resize, crop]), _CROP_PROBABILITY)
         return arguments
 
@@ -68,7 +90,7 @@ class DETRDatasetMapper(DatasetMapper):
             raise ValueError(
                 f"{path}: {error} (Sizes are compared after turning the picture by its EXIF orientation.)"
             ) from error
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL, on damaged files
+        except Exception as error:  # whatever a damaged file makes the decoder raise
             raise _unreadable(path, error) from error
         return mapped
 

@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.catalog import Metadata
 
-from detr_family.datasets.coco_json import CONFIG_KEY, read_categories, read_coco_json
+from detr_family.datasets.coco_json import CONFIG_KEY, printable, read_categories, read_coco_json
 
 _CHECKED_PICTURES = 20000
 _NAMED_EXAMPLES = 5
@@ -105,7 +105,7 @@ def check_pictures(dicts: Sequence[dict[str, Any]], image_root: str | None = Non
     if len(names) > _CHECKED_PICTURES:
         _logger.info("Looking for %d of %d pictures, spread evenly.", _CHECKED_PICTURES, len(names))
         names = [names[i * len(names) // _CHECKED_PICTURES] for i in range(_CHECKED_PICTURES)]
-    missing = [name for name in names if not os.path.exists(name)]
+    missing = [printable(name) for name in names if not os.path.isfile(name)]
     if missing:
         examples = ", ".join(missing[:_NAMED_EXAMPLES]) + (", ..." if len(missing) > _NAMED_EXAMPLES else "")
         raise ValueError(

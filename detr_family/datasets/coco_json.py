@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 from detectron2.structures import BoxMode
@@ -20,8 +21,13 @@ from detectron2.utils.logger import log_first_n
 from PIL import Image
 
 CONFIG_KEY = "DATASETS.COCO_FORMAT"
+CLIPPED = "partly outside the picture (kept, clipped to it)"
 # A box may reach this far over the border before it counts as wrong: annotation tools round to whole pixels.
 _BORDER_TOLERANCE = 1.0
+# Narrower boxes do not survive the rounding of float32, and Detectron2 would drop them without a word.
+_LEAST_SIDE = 1e-3
+# The most digits a picture's side may have: sides of more are typing errors, and overflow later.
+_MOST_PIXELS = 10**6
 _ORIENTATION_TAG = 0x0112
 _NAMED_EXAMPLES = 5
 
@@ -41,11 +47,36 @@ def read_categories(json_file: str) -> dict[int, str]:
     return _categories(json_file, _load(json_file))
 
 
+@dataclass(frozen=True)
+class CocoScan:
+    """What a COCO-format file holds, and what of it is left out.
+
+    Attributes:
+        records: one dataset dict for each picture, see `read_coco_json`.
+        faults: what is wrong with single boxes -> the annotations it is wrong with ("id 7", or their place in
+            the list). All are left out but for the fault CLIPPED.
+        num_annotations: entries of "annotations"; None where the file has no such list.
+        repeated_ids: annotation ids that occur more than once, as texts.
+        without_size: names of pictures whose entry has no width and height, and whose header was read.
+    """
+
+    records: list[dict[str, Any]]
+    faults: dict[str, list[str]]
+    num_annotations: int | None
+    repeated_ids: list[str]
+    without_size: list[str]
+
+    @property
+    def num_left_out(self) -> int:
+        """Annotations that no record holds."""
+        return sum(len(labels) for fault, labels in self.faults.items() if fault != CLIPPED)
+
+
 def read_coco_json(json_file: str, image_root: str) -> list[dict[str, Any]]:
     """Reads and checks a COCO-format file without opening its pictures.
 
     Only an image entry without a usable width or height has its picture's header read. Segmentations and
-    keypoints are ignored; an annotation marked "ignore" counts as crowd.
+    keypoints are ignored; an annotation marked "ignore" counts as crowd. What is left out is counted in the log.
 
     Args:
         json_file: path of the annotation file.
@@ -59,22 +90,41 @@ def read_coco_json(json_file: str, image_root: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file is missing, is no COCO file, contradicts itself or has no pictures.
     """
+    scan = scan_coco_json(json_file, image_root)
+    _report(json_file, scan.faults, scan.num_annotations or 0)
+    return scan.records
+
+
+def scan_coco_json(json_file: str, image_root: str) -> CocoScan:
+    """`read_coco_json` for those who want to see what was left out, too; nothing is logged.
+
+    Args:
+        json_file: path of the annotation file.
+        image_root: folder that the file names in it start from.
+
+    Raises:
+        ValueError: as read_coco_json.
+    """
     data = _load(json_file)
     class_numbers = {category: number for number, category in enumerate(_categories(json_file, data))}
-    records = _images(json_file, image_root, data["images"])
+    records, without_size = _images(json_file, image_root, data["images"])
+    ordered = [records[image_id] for image_id in sorted(records)]
     annotations = data.get("annotations")
     if annotations is None:
-        return [records[image_id] for image_id in sorted(records)]
+        return CocoScan(ordered, {}, None, [], without_size)
     if not isinstance(annotations, list):
         raise _fault(json_file, f'"annotations" is {_short(annotations)}', "It must be a list.")
 
-    for record in records.values():
+    for record in ordered:
         record["annotations"] = []
     faults: dict[str, list[str]] = defaultdict(list)
+    ids: dict[str, int] = defaultdict(int)
     for index, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
             raise _fault(json_file, f"annotations[{index}] is {_short(annotation)}", "It must be an object.")
-        label = f"id {annotation['id']}" if "id" in annotation else f"annotations[{index}]"
+        label = f"id {_short(annotation['id'])}" if "id" in annotation else f"annotations[{index}]"
+        if "id" in annotation:
+            ids[label] += 1
         image_id, category = annotation.get("image_id"), annotation.get("category_id")
         if not _is_integer(image_id) or image_id not in records:
             raise _fault(
@@ -89,8 +139,9 @@ def read_coco_json(json_file: str, image_root: str) -> list[dict[str, Any]]:
                 f"{_short(list(class_numbers))}",
                 "Add the category or correct the annotation.",
             )
+        crowd = [_flag(json_file, label, annotation, key) for key in ("iscrowd", "ignore")]
         record = records[image_id]
-        box, fault = _check_box(annotation.get("bbox"), record["width"], record["height"])
+        box, fault = check_box(annotation.get("bbox"), record["width"], record["height"])
         if fault:
             faults[fault].append(label)
         if box is not None:
@@ -99,12 +150,25 @@ def read_coco_json(json_file: str, image_root: str) -> list[dict[str, Any]]:
                     "bbox": box,
                     "bbox_mode": BoxMode.XYWH_ABS,
                     "category_id": class_numbers[category],
-                    "iscrowd": int(bool(annotation.get("iscrowd")) or bool(annotation.get("ignore"))),
+                    "iscrowd": int(any(crowd)),
                     "area": _area(annotation.get("area"), box, clipped=fault is not None),
                 }
             )
-    _report(json_file, faults, len(annotations))
-    return [records[image_id] for image_id in sorted(records)]
+    repeated = [label.removeprefix("id ") for label, count in ids.items() if count > 1]
+    return CocoScan(ordered, dict(faults), len(annotations), repeated, without_size)
+
+
+def _flag(json_file: str, label: str, annotation: dict[str, Any], key: str) -> bool:
+    """A mark that is 0 or 1; a "0" between quotation marks must not count as set."""
+    value = annotation.get(key)
+    if value is None or (isinstance(value, (bool, int, float)) and value in (0, 1)):
+        return bool(value)
+    raise _fault(json_file, f'annotation {label} has "{key}" {_short(value)}', "It must be 0 or 1.")
+
+
+def printable(text: str) -> str:
+    """Text that can be written anywhere: halves of surrogate pairs, which JSON may hold, are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _fault(json_file: str, problem: str, remedy: str) -> ValueError:
@@ -131,7 +195,7 @@ def _load(json_file: str) -> dict[str, Any]:
             f"the annotation file cannot be read ({error.strerror})",
             f"Correct its path in {CONFIG_KEY}; a relative path starts from {os.getcwd()}.",
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers of thousands of digits, too deep
         raise _fault(json_file, f"the file is not JSON ({error})", "Export it again in COCO format.") from error
     if not isinstance(data, dict):
         raise _fault(
@@ -176,7 +240,7 @@ def _categories(json_file: str, data: dict[str, Any]) -> dict[int, str]:
         identifier = _unique_id(json_file, "categories", index, entry, names)
         if entry.get("name") in (None, ""):
             raise _fault(json_file, f"categories[{index}] (id {identifier}) has no name", "Give it one.")
-        names[identifier] = str(entry["name"])
+        names[identifier] = printable(str(entry["name"]))
     if not names:
         raise _fault(json_file, '"categories" is empty', "List the classes there, each with id and name.")
     used = list(names.values())
@@ -186,8 +250,12 @@ def _categories(json_file: str, data: dict[str, Any]) -> dict[int, str]:
     }
 
 
-def _images(json_file: str, image_root: str, entries: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def _images(
+    json_file: str, image_root: str, entries: list[dict[str, Any]]
+) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """Records by image id, and the names of those whose size came from the picture."""
     records: dict[int, dict[str, Any]] = {}
+    without_size = []
     for index, entry in enumerate(entries):
         identifier = _unique_id(json_file, "images", index, entry, records)
         name = entry.get("file_name")
@@ -198,14 +266,27 @@ def _images(json_file: str, image_root: str, entries: list[dict[str, Any]]) -> d
                 f"It must be a path below {image_root}.",
             )
         path = os.path.join(image_root, name)
-        size = entry.get("width"), entry.get("height")
-        if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size):
-            size = _size_from_header(json_file, path)
-        width, height = size
+        sides = [_side(entry.get(key)) for key in ("width", "height")]
+        width, height = sides if all(sides) else _size_from_header(json_file, path)
+        if not all(sides):
+            without_size.append(path)
+        if max(width, height) > _MOST_PIXELS:
+            raise _fault(
+                json_file,
+                f"images[{index}] (id {identifier}) is {_short(width)} pixels wide and {_short(height)} high",
+                "Correct its width and height.",
+            )
         records[identifier] = {"file_name": path, "height": height, "width": width, "image_id": identifier}
     if not records:
         raise _fault(json_file, '"images" is empty: the data set has no pictures', "Give a file with pictures.")
-    return records
+    return records, without_size
+
+
+def _side(value: object) -> int:
+    """A picture's width or height in pixels where the file gives a usable one (640.0 is), else 0."""
+    if _is_integer(value) or (isinstance(value, float) and value.is_integer()):
+        return max(int(value), 0)  # type: ignore[call-overload]
+    return 0
 
 
 def _size_from_header(json_file: str, path: str) -> tuple[int, int]:
@@ -223,8 +304,17 @@ def _size_from_header(json_file: str, path: str) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def _check_box(value: object, width: int, height: int) -> tuple[list[float] | None, str | None]:
-    """The usable box, or None, and what was wrong with it, or None."""
+def check_box(value: object, width: int, height: int) -> tuple[list[float] | None, str | None]:
+    """What can be used of a box.
+
+    Args:
+        value: should be x, y, width, height in pixels.
+        width: the picture's, pixels.
+        height: the picture's, pixels.
+
+    Returns:
+        The usable box, or None, and what was wrong with it, or None.
+    """
     if not (
         isinstance(value, list)
         and len(value) == 4
@@ -239,19 +329,21 @@ def _check_box(value: object, width: int, height: int) -> tuple[list[float] | No
         return None, "not finite"
     if w <= 0 or h <= 0:
         return None, "zero or negative width or height"
+    if w < _LEAST_SIDE or h < _LEAST_SIDE:
+        return None, f"less than {_LEAST_SIDE} pixel wide or high"
     left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
-    if right <= left or bottom <= top:
+    if right - left < _LEAST_SIDE or bottom - top < _LEAST_SIDE:
         return None, "outside the picture"
     overhang = max(left - x, top - y, x + w - right, y + h - bottom)
     if overhang > _BORDER_TOLERANCE:
-        return [left, top, right - left, bottom - top], "partly outside the picture (kept, clipped to it)"
+        return [left, top, right - left, bottom - top], CLIPPED
     return [x, y, w, h], None
 
 
 def _area(value: object, box: list[float], clipped: bool) -> float:
     """The object's own area where the file gives a usable one, else the box's."""
     box_area = box[2] * box[3]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= _MOST_PIXELS**2:
         return min(float(value), box_area) if clipped else float(value)
     return box_area
 
