@@ -34,6 +34,8 @@ _RESNET_NAMES = (
     (r"\.downsample\.1\.", ".shortcut.norm."),
     (r"\.bn(\d)\.", r".conv\1.norm."),
 )
+# What Swin's files hold beside weights: buffers that follow from the sizes of windows and pictures.
+_SWIN_INDICES = re.compile(r"\.(relative_position_index|attn_mask)$")
 
 
 def resnet_name(name: str) -> str:
@@ -44,9 +46,11 @@ def resnet_name(name: str) -> str:
 
 
 def released_name(name: str) -> str:
-    """The name here of a parameter of a paper's release; after the backbone they are the same."""
+    """The name here of a parameter of a paper's release; after the backbone they are the same, and Swin's are too."""
     if name.startswith(_RELEASE_BACKBONE):
         return "backbone." + resnet_name(name[len(_RELEASE_BACKBONE) :])
+    if name.startswith("backbone.0."):
+        return "backbone." + name[len("backbone.0.") :]
     # The releases join backbone and spatial encoding: the latter is number 1.
     return re.sub(r"^backbone\.1\.", "position_encoding.", name)
 
@@ -59,12 +63,25 @@ def convert_released(state: dict[str, Tensor], num_classes: int) -> dict[str, Te
     """
     converted = {}
     for name, tensor in state.items():
-        if name.endswith("num_batches_tracked"):
+        if name.endswith("num_batches_tracked") or _SWIN_INDICES.search(name):
             continue
         if _CLASS_ROWS.search(name) and num_classes == len(COCO_IDS) and len(tensor) in (91, 92):
             tensor = tensor[COCO_IDS + list(range(91, len(tensor)))]
         converted[released_name(name)] = tensor
     return converted
+
+
+def convert_swin(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An ImageNet Swin of its authors as a backbone: without the classifier and the norm before it.
+
+    The norms of the stages' outputs are not in such a file: they start as they are initialised, as in the papers'
+    releases.
+    """
+    return {
+        "backbone." + name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(("head.", "norm.")) and not _SWIN_INDICES.search(name)
+    }
 
 
 class DETRCheckpointer(DetectionCheckpointer):
@@ -164,6 +181,11 @@ class DETRCheckpointer(DetectionCheckpointer):
                 for k, v in state.items()
                 if not k.startswith("fc.") and not k.endswith("num_batches_tracked")
             }
+        elif "layers.0.blocks.0.attn.qkv.weight" in state:  # Swin's authors'
+            backbone_only = True
+            state = convert_swin(state)
+            self._check_swin(state)
+        state = {k: v for k, v in state.items() if not _SWIN_INDICES.search(k)}  # Detectron2 keeps them
         checkpoint["model"] = state
         if not backbone_only:
             self._check(checkpoint)
@@ -175,6 +197,28 @@ class DETRCheckpointer(DetectionCheckpointer):
         if {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
             raise ValueError(f"no weight in {self._path} belongs to this model: correct MODEL.WEIGHTS")
         return incompatible
+
+    def _check_swin(self, state: dict[str, Tensor]) -> None:
+        """Refuse an ImageNet Swin of another size or window: Detectron2 would leave out what does not fit."""
+        model = self.model.state_dict()
+        backbone = {k for k in model if k.startswith("backbone.") and not re.match(r"backbone\.norm\d\.", k)}
+        wrong = [
+            f"{k} {tuple(v.shape)} here {tuple(model[k].shape)}"
+            for k, v in state.items()
+            if k in model and v.shape != model[k].shape
+        ]
+        missing, unexpected = sorted(backbone - state.keys()), sorted(state.keys() - backbone)
+        if wrong or missing or unexpected:
+            parts = [
+                _listing("missing", missing),
+                _listing("unexpected", unexpected),
+                _listing("of another shape", wrong),
+            ]
+            raise ValueError(
+                f"{self._path} is a Swin that does not fit the backbone as configured: "
+                + "; ".join(filter(None, parts))
+                + ". Set MODEL.BACKBONE.NAME to build_swin_backbone, and MODEL.SWIN.SIZE and WINDOW_SIZE to the file's"
+            )
 
     def _check(self, checkpoint: dict[str, Any]) -> None:
         """Compare names and shapes before anything is loaded."""

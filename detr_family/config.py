@@ -78,6 +78,20 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # freezes nothing; this one does.
     cfg.MODEL.DAB.FIX_CENTRES = False
 
+    # The backbone build_swin_backbone (arXiv 2103.14030). MODEL.BACKBONE.FREEZE_AT freezes it as it does a ResNet: 1
+    # the patch embedding, 2 the first stage too; the papers' releases freeze nothing of it, 0.
+    cfg.MODEL.SWIN = CfgNode()
+    # "T", "S", "B" or "L" (table 7 of the paper).
+    cfg.MODEL.SWIN.SIZE = "T"
+    # Side of the attention windows, tokens: 7, or 12 where the ImageNet weights were made at 384 pixels.
+    cfg.MODEL.SWIN.WINDOW_SIZE = 7
+    # Stochastic depth: probability of leaving out a branch of the last block, rising linearly from 0.
+    cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
+    # Stages that the detector sees: p0, p1, p2, p3 of strides 4, 8, 16, 32.
+    cfg.MODEL.SWIN.OUT_FEATURES = ["p1", "p2", "p3"]
+    # Activation checkpointing: keep only the blocks' inputs for the backward and compute the rest again.
+    cfg.MODEL.SWIN.USE_CHECKPOINT = False
+
     # The backbone's learning rate as a factor of SOLVER.BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     # Length of the training in passes over the training set. Above 0 it takes the place of SOLVER.MAX_ITER.

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "detr_family"
 
 # A module may import those of lower levels, and its own folder.
 LEVELS = [
-    ["structures", "layers"],
+    ["structures", "layers", "swin"],
     ["config", "backbone", "postprocess", "matcher", "criterion", "denoising"],
     ["set_detector"],
     ["detr"],
