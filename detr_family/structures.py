@@ -101,3 +101,7 @@ class Assignment:
 
     query: Tensor
     target: Tensor
+
+    def layers(self, start: int, stop: int | None = None) -> Assignment:
+        """The pairs of decoder layers start..stop only."""
+        return Assignment(self.query[start:stop], self.target[start:stop])

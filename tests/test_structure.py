@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "detr_family"
 LEVELS = [
     ["structures", "layers", "swin"],
     ["config", "backbone", "postprocess", "matcher", "criterion", "denoising"],
-    ["set_detector"],
+    ["set_detector", "deformable"],
     ["detr"],
     ["conditional_detr"],
     ["dab_detr"],

@@ -50,18 +50,20 @@ class SinePositionEncoding(nn.Module):
         dim: channels of the encoding, a multiple of 4.
         temperature_x: the largest wavelength, in units of 2 pi, of the x half (10000 in DETR, 20 in DAB-DETR).
         temperature_y: the same for the y half.
+        offset: added to the count of pixels, which begins with 1: -0.5 in Deformable DETR, 0 in the others.
 
     Raises:
         ValueError: `dim` is no multiple of 4.
     """
 
-    def __init__(self, dim: int, *, temperature_x: float, temperature_y: float) -> None:
+    def __init__(self, dim: int, *, temperature_x: float, temperature_y: float, offset: float = 0.0) -> None:
         super().__init__()
         if dim % 4:
             raise ValueError(f"a sine encoding needs channels in multiples of 4, got {dim} (MODEL.DETR.HIDDEN_DIM)")
         self.dim = dim
         self.temperature_x = temperature_x
         self.temperature_y = temperature_y
+        self.offset = offset
 
     def forward(self, mask: Tensor) -> Tensor:
         """(B, H, W) bool, True = padding -> (B, H, W, D) float32."""
@@ -69,8 +71,8 @@ class SinePositionEncoding(nn.Module):
         y = valid.cumsum(1, dtype=torch.float32)
         x = valid.cumsum(2, dtype=torch.float32)
         # The releases' eps: keeps fully padded rows and columns finite.
-        y = y / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
-        x = x / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
+        y = (y + self.offset) / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
+        x = (x + self.offset) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
         half = self.dim // 2
         return torch.cat([sine_waves(y, half, self.temperature_y), sine_waves(x, half, self.temperature_x)], dim=3)
 
