@@ -69,6 +69,19 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     _C.FOCAL_ALPHA = 0.25
     _C.FOCAL_GAMMA = 2.0
 
+    # Keep only what goes into each layer and compute the rest again in the backward pass: less memory, about a
+    # third more time, the same gradients.
+    _C.CHECKPOINT = CfgNode()
+    # The blocks of the backbone's stages.
+    _C.CHECKPOINT.BACKBONE = False
+    # The encoder's layers.
+    _C.CHECKPOINT.ENCODER = False
+    # The decoder's layers.
+    _C.CHECKPOINT.DECODER = False
+    # Regular expressions, found anywhere in a parameter's name: those parameters are not trained, and batch norms
+    # among them keep their statistics. ["^backbone", "encoder"] leaves decoder and heads.
+    _C.FREEZE = []
+
     cfg.MODEL.DAB = CfgNode()
     # Learned contents that every anchor is decoded with; 0: one content of zeros (DAB-DETR, starred rows of table 2).
     cfg.MODEL.DAB.NUM_PATTERNS = 0

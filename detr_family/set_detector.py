@@ -16,15 +16,33 @@ from torch import Tensor, nn
 
 from detr_family.config import num_classes
 from detr_family.criterion import ClassLoss, SetCriterion
+from detr_family.freezing import freeze, keep_frozen_statistics
+from detr_family.layers.checkpointing import backbone_blocks, checkpoint_activations
 from detr_family.matcher import ClassCost, HungarianMatcher
 from detr_family.postprocess import Selection, to_instances
 from detr_family.structures import SetPrediction, Targets
 
 
-class SetDetector(nn.Module):
+class _SetDetectorType(type):
+    """Lets what concerns a whole detector, whichever it is, follow its construction from a configuration."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().__call__(*args, **kwargs)
+        cfg = args[0] if args else kwargs.get("cfg")
+        if isinstance(cfg, CfgNode):
+            freeze(model, cfg.MODEL.DETR.FREEZE)
+            for part, layers in model.checkpointable_layers().items():
+                if cfg.MODEL.DETR.CHECKPOINT[part]:
+                    checkpoint_activations(layers)
+        return model
+
+
+class SetDetector(nn.Module, metaclass=_SetDetectorType):
     """Normalises and pads pictures, makes targets, and turns predicted sets into Detectron2's results.
 
     A detector says how it predicts (`predict`); one that is trained with more than matched sets adds to `losses`.
+    One that is built from a configuration is frozen and checkpointed as MODEL.DETR.FREEZE and CHECKPOINT say; for
+    one that is not, see `detr_family.freezing.freeze` and `detr_family.layers.checkpointing`.
 
     Args:
         backbone: a Detectron2 backbone; the detectors read its coarsest feature map (DINO several).
@@ -115,6 +133,21 @@ class SetDetector(nn.Module):
             instances = detector_postprocess(instances, x.get("height", height), x.get("width", width))
             results.append({"instances": instances})
         return results
+
+    def train(self, mode: bool = True) -> SetDetector:
+        """Training or evaluation mode; batch norms with frozen weights keep their statistics in both."""
+        super().train(mode)
+        keep_frozen_statistics(self)
+        return self
+
+    def checkpointable_layers(self) -> dict[str, list[nn.Module]]:
+        """Keys of MODEL.DETR.CHECKPOINT with the layers that each checkpoints."""
+        transformer: Any = self.transformer
+        return {
+            "BACKBONE": backbone_blocks(self.backbone),
+            "ENCODER": list(transformer.encoder.layers),
+            "DECODER": list(transformer.decoder.layers),
+        }
 
     @property
     def device(self) -> torch.device:

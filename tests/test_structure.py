@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "detr_family"
 # A module may import those of lower levels, and its own folder.
 LEVELS = [
     ["structures", "layers", "swin"],
-    ["config", "backbone", "postprocess", "matcher", "criterion", "denoising"],
+    ["config", "backbone", "postprocess", "matcher", "criterion", "denoising", "freezing"],
     ["set_detector", "deformable"],
     ["detr"],
     ["conditional_detr"],

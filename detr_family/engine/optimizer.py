@@ -30,7 +30,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         if members
     ]
     if not params:
-        raise ValueError("no parameter is left to train: lower MODEL.BACKBONE.FREEZE_AT")
+        raise ValueError("no parameter is left to train: lower MODEL.BACKBONE.FREEZE_AT, shorten MODEL.DETR.FREEZE")
     optimizer = AdamW(params, lr=base, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
     if clips_full_model(cfg):
         return optimizer
