@@ -104,6 +104,16 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.MODEL.SWIN.OUT_FEATURES = ["p1", "p2", "p3"]
     # Activation checkpointing: keep only the blocks' inputs for the backward and compute the rest again.
     cfg.MODEL.SWIN.USE_CHECKPOINT = False
+    cfg.MODEL.DN = CfgNode()
+    # Denoising groups in training, each with every box of a picture; 0: no denoising (DN-DETR, section 4.2, table 5).
+    cfg.MODEL.DN.GROUPS = 5
+    # The most denoising queries of a picture. With more boxes than MAX_QUERIES // GROUPS a group has a random choice.
+    cfg.MODEL.DN.MAX_QUERIES = 1000
+    # Probability that a label is flipped, the true one included among the draws (DN-DETR, section 4.2, gamma).
+    cfg.MODEL.DN.LABEL_NOISE = 0.2
+    # Largest shift of a box's centre, in half widths and heights, and largest relative change of its width and
+    # height (DN-DETR, section 4.2, lambda).
+    cfg.MODEL.DN.BOX_NOISE = 0.4
 
     # The backbone's learning rate as a factor of SOLVER.BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1

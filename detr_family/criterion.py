@@ -18,7 +18,7 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 from detr_family.layers.boxes import generalized_iou
 from detr_family.structures import Assignment, SetPrediction, Targets
 
-ClassLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+ClassLoss = Callable[[Tensor, Tensor, "Tensor | float"], Tensor]
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -28,6 +28,15 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     total = value.clone()
     dist.all_reduce(total)
     return total / comm.get_world_size()
+
+
+def mean_num_boxes(targets: Targets) -> Tensor:
+    """0-d float32: boxes of the batch, averaged over all processes.
+
+    At least one box in all processes together: so the loss never depends on how a batch is split.
+    """
+    count = torch.tensor(float(len(targets)), device=targets.labels.device)
+    return mean_over_ranks(count).clamp(min=1 / comm.get_world_size())
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class SoftmaxClassLoss:
 
     no_object_weight: float
 
-    def __call__(self, layer_logits: Tensor, classes: Tensor, num_boxes: Tensor) -> Tensor:
+    def __call__(self, layer_logits: Tensor, classes: Tensor, num_boxes: Tensor | float) -> Tensor:
         """Loss of every layer.
 
         Args:
@@ -73,13 +82,13 @@ class FocalClassLoss:
     alpha: float
     gamma: float
 
-    def __call__(self, layer_logits: Tensor, classes: Tensor, num_boxes: Tensor) -> Tensor:
+    def __call__(self, layer_logits: Tensor, classes: Tensor, num_boxes: Tensor | float) -> Tensor:
         """Loss of every layer, summed over queries and divided by the number of boxes.
 
         Args:
             layer_logits: (N, B, Q, K).
             classes: (N, B, Q) int64, K where nothing is matched.
-            num_boxes: 0-d.
+            num_boxes: a number, or 0-d.
 
         Returns:
             (N,).
@@ -116,12 +125,24 @@ class SetCriterion:
         self.weight_giou = weight_giou
 
     def __call__(
-        self, prediction: SetPrediction, targets: Targets, assignment: Assignment
+        self,
+        prediction: SetPrediction,
+        targets: Targets,
+        assignment: Assignment,
+        *,
+        num_boxes: Tensor | float | None = None,
+        suffix: str = "",
     ) -> dict[str, Tensor]:
-        """Weighted losses, the last layer's without and the earlier ones' with a suffix `_0`, `_1`, ...
+        """Weighted losses, the last layer's without and the earlier ones' with `_0`, `_1`, ... after their names.
 
-        L1 and GIoU are divided by the number of boxes in the batch, averaged over all processes.
         A term of weight 0 stays in the dict as a zero that has a graph: no parameter goes without a gradient.
+
+        Args:
+            prediction: of N layers.
+            targets: ground truth.
+            assignment: the M pairs of each layer.
+            num_boxes: what L1 and GIoU, and the focal loss, are divided by. None: `mean_num_boxes(targets)`.
+            suffix: of the losses' names, before the layer's number: "_dn", "_interm".
 
         Returns:
             0-d tensors named `loss_ce`, `loss_bbox`, `loss_giou`, whose sum is to be minimised.
@@ -129,8 +150,8 @@ class SetCriterion:
         with torch.autocast(prediction.layer_logits.device.type, enabled=False):
             logits = prediction.layer_logits.float()  # N x B x Q x K
             num_layers = len(logits)
-            # At least one box in all processes together: so the loss never depends on how a batch is split.
-            num_boxes = mean_over_ranks(logits.new_tensor(float(len(targets)))).clamp(min=1 / comm.get_world_size())
+            if num_boxes is None:
+                num_boxes = mean_num_boxes(targets)
 
             layer = torch.arange(num_layers, device=logits.device)[:, None]
             image = targets.image[assignment.target]  # N x M
@@ -145,5 +166,5 @@ class SetCriterion:
                 "loss_bbox": self.weight_l1 * (boxes - truth).abs().sum((1, 2)) / num_boxes,
                 "loss_giou": self.weight_giou * (1 - giou).sum(1) / num_boxes,
             }
-        suffixes = [f"_{i}" for i in range(num_layers - 1)] + [""]
+        suffixes = [f"{suffix}_{i}" for i in range(num_layers - 1)] + [suffix]
         return {name + suffixes[i]: term[i] for name, term in terms.items() for i in reversed(range(num_layers))}

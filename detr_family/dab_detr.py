@@ -192,31 +192,11 @@ class DABTransformer(nn.Module):
         modulate: bool,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"MODEL.DETR.HIDDEN_DIM {dim} is no multiple of MODEL.DETR.NUM_HEADS {num_heads}")
-        if decoder_layers < 1 or encoder_layers < 0 or num_patterns < 0:
-            raise ValueError(
-                f"MODEL.DETR.DEC_LAYERS {decoder_layers} must be at least 1, ENC_LAYERS {encoder_layers} and "
-                f"MODEL.DAB.NUM_PATTERNS {num_patterns} at least 0"
-            )
+        if num_patterns < 0:
+            raise ValueError(f"MODEL.DAB.NUM_PATTERNS {num_patterns} must be at least 0")
         self.dim = dim
-        self.encoder = DABEncoder(
-            [
-                EncoderLayer(dim, num_heads, feedforward_dim, dropout, pre_norm=False, activation=nn.PReLU())
-                for _ in range(encoder_layers)
-            ],
-            dim,
-        )
-        self.decoder = DABDecoder(
-            [
-                ConditionalDecoderLayer(
-                    dim, num_heads, feedforward_dim, dropout, first=i == 0, activation=nn.PReLU()
-                )
-                for i in range(decoder_layers)
-            ],
-            dim,
-            modulate=modulate,
-        )
+        self.encoder = DABEncoder(encoder_layers, dim, num_heads, feedforward_dim, dropout)
+        self.decoder = DABDecoder(decoder_layers, dim, num_heads, feedforward_dim, dropout, modulate=modulate)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
@@ -259,13 +239,26 @@ class DABEncoder(nn.Module):
     """DETR's encoder layers, each seeing the positions scaled by a function of its own input.
 
     Args:
-        layers: the layers, first to last.
-        dim: D.
+        num_layers: layers, possibly 0.
+        dim: D, a multiple of `num_heads`.
+        num_heads: attention heads.
+        feedforward_dim: width of the feed-forward networks' hidden layer.
+        dropout: probability in every sublayer and in the attention weights.
+
+    Raises:
+        ValueError: widths or depths that cannot be.
     """
 
-    def __init__(self, layers: Sequence[EncoderLayer], dim: int) -> None:
+    def __init__(self, num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        if dim % num_heads:
+            raise ValueError(f"MODEL.DETR.HIDDEN_DIM {dim} is no multiple of MODEL.DETR.NUM_HEADS {num_heads}")
+        if num_layers < 0:
+            raise ValueError(f"MODEL.DETR.ENC_LAYERS {num_layers} must be at least 0")
+        self.layers = nn.ModuleList(
+            EncoderLayer(dim, num_heads, feedforward_dim, dropout, pre_norm=False, activation=nn.PReLU())
+            for _ in range(num_layers)
+        )
         self.query_scale = MLP(dim, dim, dim, num_layers=2)
 
     def forward(self, tokens: Tensor, *, position: Tensor, padding: Tensor | None) -> Tensor:
@@ -279,14 +272,31 @@ class DABDecoder(nn.Module):
     """Conditional DETR's decoder layers around anchors that move from layer to layer.
 
     Args:
-        layers: the layers, first to last.
-        dim: D.
+        num_layers: N, at least 1.
+        dim: D, a multiple of 4 and of `num_heads`.
+        num_heads: attention heads.
+        feedforward_dim: width of the feed-forward networks' hidden layer.
+        dropout: probability in every sublayer and in the attention weights.
         modulate: modulate positional attention by width and height (equation 6).
+
+    Raises:
+        ValueError: widths or depths that cannot be.
     """
 
-    def __init__(self, layers: Sequence[ConditionalDecoderLayer], dim: int, *, modulate: bool) -> None:
+    def __init__(
+        self, num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float, *, modulate: bool
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        if dim % num_heads:
+            raise ValueError(f"MODEL.DETR.HIDDEN_DIM {dim} is no multiple of MODEL.DETR.NUM_HEADS {num_heads}")
+        if num_layers < 1:
+            raise ValueError(f"MODEL.DETR.DEC_LAYERS {num_layers} must be at least 1")
+        self.layers = nn.ModuleList(
+            ConditionalDecoderLayer(
+                dim, num_heads, feedforward_dim, dropout, first=i == 0, activation=nn.PReLU()
+            )
+            for i in range(num_layers)
+        )
         self.norm = nn.LayerNorm(dim)
         self.query_scale = MLP(dim, dim, dim, num_layers=2)  # MLP^(csq), equation 5
         self.ref_point_head = MLP(2 * dim, dim, dim, num_layers=2)  # MLP of equation 4

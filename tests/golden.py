@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -92,11 +93,16 @@ def compare_outputs(model: nn.Module, golden: SimpleNamespace) -> None:
         assert worst < tolerance, f"{name} differ by {worst}"
 
 
+def loss_name(released: str) -> str:
+    """The name here of a release's loss: DN-DETR's denoising losses begin with `tgt_`, DINO's have a `_dn`."""
+    return re.sub(r"^tgt_(loss_[a-z]+)", r"\1_dn", released)
+
+
 def compare_training(model: nn.Module, golden: SimpleNamespace) -> None:
     """Every weighted loss, their sum, and the gradient norm of every parameter."""
     model.train()
     losses = model(batch())
-    expected = {k: golden.losses[k] * w for k, w in golden.weights.items()}
+    expected = {loss_name(k): golden.losses[k] * w for k, w in golden.weights.items()}
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
@@ -108,5 +114,9 @@ def compare_training(model: nn.Module, golden: SimpleNamespace) -> None:
     theirs = {released_name(k): v for k, v in golden.grad_norms.items()}
     assert ours.keys() == theirs.keys()
     scale = max(theirs.values())
+    single = {k for k, p in model.named_parameters() if p.numel() == 1}
     for name, value in theirs.items():
-        assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-6 * scale), name
+        # The slope of a PReLU is one number, the sum of a million terms that cancel: in float64 those of DN-DETR's
+        # encoder differ from the release's float32 by up to 1 %.
+        rel = 2e-2 if name in single else 1e-3
+        assert ours[name] == pytest.approx(value, rel=rel, abs=1e-6 * scale), name

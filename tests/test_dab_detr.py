@@ -52,7 +52,7 @@ def test_a_low_temperature_sharpens_positional_attention() -> None:
 @pytest.mark.parametrize(("width", "height"), [(0.2, 0.2), (0.3, 0.1), (0.1, 0.3)])
 def test_modulation_widens_attention_along_the_longer_side(width: float, height: float) -> None:
     """Equation 6, by the decoder's own function: a reference of 0.2 x 0.2 over anchors of 1:1, 3:1 and 1:3."""
-    decoder = DABDecoder([], dim=256, modulate=True)
+    decoder = DABDecoder(1, 256, 8, 32, 0.0, modulate=True)
     last = decoder.ref_anchor_head.layers[-1]
     torch.nn.init.zeros_(last.weight)
     torch.nn.init.constant_(last.bias, float(torch.logit(torch.tensor(0.2))))

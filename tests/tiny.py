@@ -56,11 +56,18 @@ def dab_detr_cfg(cfg: CfgNode) -> None:
     cfg.MODEL.DETR.SPATIAL_ENCODING.TEMPERATURE = 20.0
 
 
+def dn_detr_cfg(cfg: CfgNode) -> None:
+    dab_detr_cfg(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "DNDETR"
+    cfg.MODEL.DN.GROUPS = 3
+
+
 # A detector joins every test of tests/test_detectors.py by its line here.
 DETECTORS: dict[str, Callable[[CfgNode], None]] = {
     "DETR": detr_cfg,
     "ConditionalDETR": conditional_detr_cfg,
     "DABDETR": dab_detr_cfg,
+    "DNDETR": dn_detr_cfg,
 }
 
 

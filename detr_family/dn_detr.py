@@ -1,0 +1,312 @@
+"""DN-DETR: Accelerate DETR Training by Introducing Query DeNoising (arXiv 2203.01305).
+
+What differs from DAB-DETR:
+
+- In training the decoder also gets groups of ground-truth boxes with noise and learns to restore them (section 4.2,
+  equation 2): box regression learns without waiting for a stable matching. See `detr_family.denoising`.
+- Content queries are label embeddings with one channel spent on an indicator, 1 for denoising and 0 for matching
+  queries (section 4.4); a matching query's label is "unknown", the embedding's last row.
+- A mask keeps groups from seeing each other, and the matching part from seeing any of them (section 4.3).
+
+At inference it is DAB-DETR, with "unknown" in place of a content of zeros. Encoder, decoder and their parameter names
+are DAB-DETR's. Letters as in `detr_family.dab_detr`; R denoising queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from detr_family.conditional_detr import PRIOR_BIAS
+from detr_family.criterion import FocalClassLoss, SetCriterion
+from detr_family.dab_detr import EPS, DABDecoder, DABEncoder
+from detr_family.denoising import DenoisingGroups, DenoisingPrediction, denoising_groups, split_prediction
+from detr_family.layers.boxes import inverse_sigmoid
+from detr_family.layers.position_encoding import SinePositionEncoding
+from detr_family.matcher import FocalClassCost, HungarianMatcher
+from detr_family.postprocess import best_pairs
+from detr_family.set_detector import SetDetector, common_arguments
+from detr_family.structures import SetPrediction, Targets
+
+
+@META_ARCH_REGISTRY.register()
+class DNDETR(SetDetector):
+    """Backbone, transformer, prediction heads, and the denoising part of the training.
+
+    Args:
+        backbone: a Detectron2 backbone, of which the coarsest feature map is read.
+        transformer: see `DNTransformer`; its decoder holds the box head.
+        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
+        num_classes: K, classes of the data set.
+        num_queries: anchors; with P patterns the predicted set has P times as many boxes.
+        fix_centres: as in `detr_family.dab_detr.DABDETR`.
+        num_groups: denoising groups, each with every box of a picture; 0 trains without denoising.
+        max_denoising_queries: the most denoising queries of a picture, at least one per group.
+        label_noise: probability that a label is flipped.
+        box_noise: lambda of the box noise, the largest shift in half boxes and the largest change of size.
+        aux_loss: train the sets of the earlier decoder layers too.
+        matcher: pairs predictions with ground truth.
+        criterion: the loss of matched pairs, and of denoised ones.
+        topk: detections per picture.
+        pixel_mean: three means, in the channel order of the input.
+        pixel_std: three standard deviations.
+
+    Attributes:
+        generator: the random numbers of the noise, on the model's device; None takes torch's global ones.
+    """
+
+    fixed_centres: Tensor | None
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        transformer: DNTransformer,
+        position_encoding: nn.Module,
+        num_classes: int,
+        num_queries: int,
+        fix_centres: bool,
+        num_groups: int,
+        max_denoising_queries: int,
+        label_noise: float,
+        box_noise: float,
+        aux_loss: bool,
+        matcher: HungarianMatcher,
+        criterion: SetCriterion,
+        topk: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+    ) -> None:
+        super().__init__(
+            backbone=backbone,
+            num_classes=num_classes,
+            aux_loss=aux_loss,
+            matcher=matcher,
+            criterion=criterion,
+            select=best_pairs,
+            topk=topk,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+        )
+        if num_queries < 1:
+            raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
+        if num_groups < 0 or max_denoising_queries < num_groups:
+            raise ValueError(
+                f"MODEL.DN.GROUPS {num_groups} must be at least 0 and MODEL.DN.MAX_QUERIES {max_denoising_queries} "
+                "at least as large"
+            )
+        if not 0 <= label_noise <= 1 or box_noise < 0:
+            raise ValueError(
+                f"MODEL.DN.LABEL_NOISE {label_noise} must be in [0, 1], MODEL.DN.BOX_NOISE {box_noise} at least 0"
+            )
+        dim = transformer.dim
+        self.feature = list(backbone.output_shape())[-1]
+        self.transformer = transformer
+        self.position_encoding = position_encoding
+        self.input_proj = nn.Conv2d(backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
+        self.refpoint_embed = nn.Embedding(num_queries, 4)  # anchors before the sigmoid
+        self.label_enc = nn.Embedding(num_classes + 1, dim - 1)  # the last row is "unknown"
+        self.class_embed = nn.Linear(dim, num_classes)
+        nn.init.constant_(self.class_embed.bias, PRIOR_BIAS)
+        self.bbox_embed = transformer.decoder.bbox_embed  # the same module: the release has both names
+        # A buffer: weight decay would move a parameter that has no gradient.
+        centres = inverse_sigmoid(torch.rand(num_queries, 2), EPS) if fix_centres else None
+        self.register_buffer("fixed_centres", centres)
+        self.num_groups = num_groups
+        self.max_denoising_queries = max_denoising_queries
+        self.label_noise = label_noise
+        self.box_noise = box_noise
+        self.generator: torch.Generator | None = None
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The arguments of `__init__`, from Detectron2's configuration."""
+        detr, dab, dn = cfg.MODEL.DETR, cfg.MODEL.DAB, cfg.MODEL.DN
+        temperature = detr.SPATIAL_ENCODING.TEMPERATURE
+        return {
+            **common_arguments(
+                cfg,
+                class_cost=FocalClassCost(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
+                class_loss=FocalClassLoss(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
+            ),
+            "transformer": DNTransformer(
+                dim=detr.HIDDEN_DIM,
+                num_heads=detr.NUM_HEADS,
+                encoder_layers=detr.ENC_LAYERS,
+                decoder_layers=detr.DEC_LAYERS,
+                feedforward_dim=detr.FEEDFORWARD_DIM,
+                dropout=detr.DROPOUT,
+                num_patterns=dab.NUM_PATTERNS,
+                modulate=dab.MODULATE,
+            ),
+            "position_encoding": SinePositionEncoding(
+                detr.HIDDEN_DIM, temperature_x=temperature, temperature_y=temperature
+            ),
+            "num_queries": detr.NUM_QUERIES,
+            "fix_centres": dab.FIX_CENTRES,
+            "num_groups": dn.GROUPS,
+            "max_denoising_queries": dn.MAX_QUERIES,
+            "label_noise": dn.LABEL_NOISE,
+            "box_noise": dn.BOX_NOISE,
+        }
+
+    def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
+        """Predict a set of boxes per picture and decoder layer, one for every anchor and pattern.
+
+        Args:
+            images: from `preprocess_image`.
+            targets: ground truth to denoise; it is looked at in training alone.
+
+        Returns:
+            SetPrediction with `layer_logits` (N, B, P * Q, K) and `layer_boxes` (N, B, P * Q, 4); where there is
+            something to denoise, a DenoisingPrediction.
+        """
+        feature = self.backbone(images.tensor)[self.feature]  # B x C x H x W
+        mask = self.level_mask(self.padding_mask(images), feature)  # B x H x W
+        groups = self.make_groups(targets) if self.training and targets is not None else None
+        decoded, anchors = self.transformer(
+            self.input_proj(feature).flatten(2).transpose(1, 2),  # B x S x D
+            position=self.position_encoding(mask).flatten(1, 2),  # B x S x D
+            padding=mask.flatten(1) if self.has_padding(images) else None,
+            anchors=self.anchors(),
+            unknown=F.pad(self.label_enc.weight[-1], (0, 1)),  # indicator 0
+            denoising=None if groups is None else (self.content(groups), groups.anchors),
+            blocked=None if groups is None else groups.blocked,
+        )  # N x B x (R + PQ) x D and N x B x (R + PQ) x 4
+        boxes = self.bbox_embed(decoded).float() + inverse_sigmoid(anchors, EPS)
+        prediction = SetPrediction(layer_logits=self.class_embed(decoded), layer_boxes=boxes.sigmoid())
+        return split_prediction(prediction, groups)
+
+    def anchors(self) -> Tensor:
+        """(Q, 4) anchors before the sigmoid: x, y, w, h. Fixed centres take the place of the learned ones."""
+        anchors = self.refpoint_embed.weight
+        if self.fixed_centres is None:
+            return anchors
+        return torch.cat([self.fixed_centres, anchors[:, 2:]], dim=1)
+
+    def make_groups(self, targets: Targets) -> DenoisingGroups | None:
+        """The ground truth with noise; None where MODEL.DN.GROUPS is 0."""
+        if self.num_groups == 0:
+            return None
+        return denoising_groups(
+            targets,
+            num_classes=self.num_classes,
+            num_queries=self.refpoint_embed.num_embeddings * max(self.transformer.num_patterns, 1),
+            num_groups=self.num_groups,
+            max_queries=self.max_denoising_queries,
+            label_noise=self.label_noise,
+            box_noise=self.box_noise,
+            eps=EPS,
+            generator=self.generator,
+        )
+
+    def content(self, groups: DenoisingGroups) -> Tensor:
+        """(B, R, D): embeddings of the noised labels with an indicator of 1; zeros where there is no box."""
+        content = F.pad(self.label_enc(groups.labels), (0, 1), value=1.0)
+        return content.masked_fill(groups.padding[..., None], 0.0)
+
+    def losses(self, prediction: SetPrediction, targets: Targets) -> dict[str, Tensor]:
+        """Losses of matched sets, and the same of the denoised boxes with `_dn` in their names (section 4.2).
+
+        The latter are divided by this process's number of noised boxes, as in the release.
+        """
+        losses = super().losses(prediction, targets)
+        if isinstance(prediction, DenoisingPrediction):
+            denoised = prediction.denoised if self.aux_loss else prediction.denoised.layers(-1)
+            denoised, truth, known = prediction.groups.known_alone(denoised, targets)
+            losses |= self.criterion(denoised, truth, known, num_boxes=max(len(truth), 1), suffix="_dn")
+        return losses
+
+
+class DNTransformer(nn.Module):
+    """DAB-DETR's encoder and decoder, whose content queries are given (figure 4).
+
+    Args:
+        dim: D, the model's width, a multiple of 4.
+        num_heads: a divisor of `dim`.
+        encoder_layers: layers of the encoder, possibly 0.
+        decoder_layers: N, at least 1.
+        feedforward_dim: width of the feed-forward networks' hidden layer.
+        dropout: probability in every sublayer and in the attention weights.
+        num_patterns: P, learned vectors, each added to the content of all matching queries in turn; 0 for none.
+        modulate: modulate positional attention by width and height.
+
+    Raises:
+        ValueError: widths, depths or counts that cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        feedforward_dim: int,
+        dropout: float,
+        num_patterns: int,
+        modulate: bool,
+    ) -> None:
+        super().__init__()
+        if num_patterns < 0:
+            raise ValueError(f"MODEL.DAB.NUM_PATTERNS {num_patterns} must be at least 0")
+        self.dim = dim
+        self.num_patterns = num_patterns
+        self.encoder = DABEncoder(encoder_layers, dim, num_heads, feedforward_dim, dropout)
+        self.decoder = DABDecoder(decoder_layers, dim, num_heads, feedforward_dim, dropout, modulate=modulate)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        self.decoder.bbox_embed.zero_last_layer()
+        self.patterns = nn.Embedding(num_patterns, dim) if num_patterns else None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        position: Tensor,
+        padding: Tensor | None,
+        anchors: Tensor,
+        unknown: Tensor,
+        denoising: tuple[Tensor, Tensor] | None,
+        blocked: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode denoising queries and anchors.
+
+        Args:
+            tokens: (B, S, D).
+            position: (B, S, D) spatial encoding of the tokens.
+            padding: (B, S) bool, True = padding; None where nothing is padded.
+            anchors: (Q, 4) before the sigmoid.
+            unknown: (D,) content of a matching query.
+            denoising: (B, R, D) contents and (B, R, 4) anchors before the sigmoid of the denoising queries, which
+                come first; None where there are none.
+            blocked: (R + P * Q, R + P * Q) bool, True = this query does not see that one.
+
+        Returns:
+            (N, B, R + P * Q, D), the output of every decoder layer, and (N, B, R + P * Q, 4), the anchors in
+            [0, 1] that each layer's box is predicted from. P counts as 1 where there are no patterns.
+        """
+        batch, num_queries = len(tokens), len(anchors)
+        memory = self.encoder(tokens, position=position, padding=padding)
+        if self.patterns is None:
+            content = unknown.expand(batch, num_queries, -1)
+        else:  # the anchors one after another with the first pattern, then with the second, ...
+            content = (unknown + self.patterns.weight).repeat_interleave(num_queries, 0).expand(batch, -1, -1)
+            anchors = anchors.repeat(self.num_patterns, 1)
+        anchors = anchors.expand(batch, -1, -1)
+        if denoising is not None:
+            content = torch.cat([denoising[0], content], 1)
+            anchors = torch.cat([denoising[1], anchors], 1)
+        return self.decoder(
+            content, memory, anchors=anchors, memory_position=position, padding=padding, blocked=blocked
+        )
