@@ -125,6 +125,9 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CHECKPOINT_EPOCHS = 0
     # Epochs between evaluations; above 0 it takes the place of TEST.EVAL_PERIOD.
     cfg.TEST.EVAL_EPOCHS = 0
+    # Training pictures on which the instability of matching is measured after every epoch, evenly spaced; 0: not at
+    # all (DN-DETR, section 3.2).
+    cfg.TEST.INSTABILITY_IMAGES = 0
     # What a loss or gradient that is not finite does: "stop" the run, or "skip" the step. Either way the
     # batch is saved and its pictures are named in the log; the weights stay as they were.
     cfg.SOLVER.NONFINITE = "stop"

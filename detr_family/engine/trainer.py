@@ -19,6 +19,7 @@ from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import check_class_count, class_names
 from detr_family.dataset_mapper import DETRDatasetMapper
 from detr_family.datasets.coco import training_dicts
+from detr_family.engine.instability import build_instability_hook
 from detr_family.engine.optimizer import build_optimizer, clips_full_model
 from detr_family.engine.schedule import iterations_from_epochs
 from detr_family.engine.step import TrainStep
@@ -72,7 +73,11 @@ class Trainer(DefaultTrainer):
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self.register_hooks(self.build_hooks())
+        hooks = self.build_hooks()
+        instability = build_instability_hook(cfg, dataset, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
+        if instability is not None:
+            hooks.insert(1, instability)  # before checkpoints and writers, which take what it has found
+        self.register_hooks(hooks)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
