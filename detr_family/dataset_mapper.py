@@ -14,8 +14,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
-from detectron2.utils.file_io import PathManager
-from PIL import Image
+
+from detr_family.datasets.pictures import check_depth, unreadable
 
 _CROP_PROBABILITY = 0.5
 # The longer side before a crop, in units of the shorter: a picture of 10000x20 must not become one of 200000x400.
@@ -83,7 +83,7 @@ class DETRDatasetMapper(DatasetMapper):
                 the dict says; with the file's name.
         """
         path = str(dataset_dict["file_name"])
-        _check_depth(path)
+        check_depth(path)
         try:
             mapped: dict[str, Any] = super().__call__(copy.copy(dataset_dict))
         except SizeMismatchError as error:
@@ -91,26 +91,5 @@ class DETRDatasetMapper(DatasetMapper):
                 f"{path}: {error} (Sizes are compared after turning the picture by its EXIF orientation.)"
             ) from error
         except Exception as error:  # whatever a damaged file makes the decoder raise
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         return mapped
-
-
-def _check_depth(path: str) -> None:
-    """Refuses what PIL would turn to 8 bits by cutting off at 255."""
-    try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as picture:
-            mode = picture.mode
-    except Exception as error:  # whatever a damaged header makes the decoder raise
-        raise _unreadable(path, error) from error
-    if mode.startswith(("I", "F")):
-        raise ValueError(
-            f"{path} has more than 8 bits a channel (PIL mode {mode!r}). Convert the pictures to "
-            "8 bits, with the scaling that suits them."
-        )
-
-
-def _unreadable(path: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"The picture {path} cannot be read ({type(error).__name__}: {error}). Restore the file, or remove "
-        "its entry from the annotation file; the picture folder is given in DATASETS.COCO_FORMAT."
-    )

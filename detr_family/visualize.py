@@ -4,11 +4,14 @@ Drawn with PIL: Detectron2's Visualizer needs OpenCV, which a Detectron2 install
 do not fit pictures of a hundred pixels.
 """
 
+import functools
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 from detectron2.structures import Instances
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,20 +54,9 @@ def draw_comparison(
     factor = max(1, round(_SHORTER_SIDE / min(picture.size)))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
 
-    scores = predictions.scores.tolist()
-    shown = sorted((i for i, score in enumerate(scores) if score >= score_threshold), key=lambda i: scores[i])
-    predicted_boxes, predicted_classes = (
-        predictions.pred_boxes.tensor.tolist(),
-        predictions.pred_classes.tolist(),
-    )
-    left = _panel(
-        picture,
-        [[factor * edge for edge in predicted_boxes[i]] for i in shown],
-        [predicted_classes[i] for i in shown],
-        [f"{_name(class_names, predicted_classes[i])} {scores[i]:.2f}" for i in shown],
-    )
+    left, shown = _detections(picture, predictions, class_names, score_threshold, factor)
     true_classes = truth.gt_classes.tolist()
-    right = _panel(
+    right = draw_boxes(
         picture,
         [[factor * edge for edge in box] for box in truth.gt_boxes.tensor.tolist()],
         true_classes,
@@ -72,13 +64,71 @@ def draw_comparison(
     )
     canvas = Image.new("RGB", (2 * picture.width + _GAP, picture.height + _TITLE_HEIGHT), "white")
     draw = ImageDraw.Draw(canvas)
-    hidden = len(scores) - len(shown)
+    hidden = len(predictions) - shown
     below = f" ({hidden} below {score_threshold:.2g} not shown)" if hidden else ""
-    titles = (f"predictions: {len(shown)}{below}", f"ground truth: {len(truth)}")
+    titles = (f"predictions: {shown}{below}", f"ground truth: {len(truth)}")
     for panel, title, x in zip((left, right), titles, (0, picture.width + _GAP), strict=True):
         canvas.paste(panel, (x, _TITLE_HEIGHT))
         draw.text((x + 4, _TITLE_HEIGHT / 2), title, fill="black", font=_font(_FONT_SIZE + 1), anchor="lm")
     return canvas
+
+
+def draw_detections(
+    image: Image.Image | np.ndarray, predictions: Instances, class_names: Sequence[str], score_threshold: float = 0.5
+) -> Image.Image:
+    """A picture with the predictions that score enough, at its own size.
+
+    Args:
+        image: RGB, as a PIL image or a uint8 array (H, W, 3).
+        predictions: with pred_boxes (x1, y1, x2, y2 in pixels of the image), scores and pred_classes.
+        class_names: name of each class number.
+        score_threshold: predictions below this score are not drawn.
+
+    Raises:
+        ValueError: a class number has no name.
+    """
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
+    return _detections(picture.convert("RGB"), predictions, class_names, score_threshold)[0]
+
+
+def _detections(
+    picture: Image.Image, predictions: Instances, class_names: Sequence[str], threshold: float, factor: int = 1
+) -> tuple[Image.Image, int]:
+    """The picture with boxes that were found in it before it was enlarged by a factor, and how many are drawn."""
+    scores = predictions.scores.tolist()
+    boxes, classes = predictions.pred_boxes.tensor.tolist(), predictions.pred_classes.tolist()
+    shown = sorted((i for i, score in enumerate(scores) if score >= threshold), key=lambda i: scores[i])
+    drawn = draw_boxes(
+        picture,
+        [[factor * edge for edge in boxes[i]] for i in shown],
+        [classes[i] for i in shown],
+        [f"{_name(class_names, classes[i])} {scores[i]:.2f}" for i in shown],
+    )
+    return drawn, len(shown)
+
+
+def contact_sheet(cells: Sequence[tuple[Image.Image, str]], columns: int = 4, side: int = 360) -> Image.Image:
+    """Pictures in rows, each shrunk to fit a square of `side` pixels, with a title below.
+
+    Args:
+        cells: picture and title.
+        columns: pictures in a row.
+        side: of a picture's place, pixels.
+    """
+    columns = max(min(columns, len(cells)), 1)
+    rows = max(math.ceil(len(cells) / columns), 1)
+    step_x, step_y = side + _GAP, side + _GAP + _TITLE_HEIGHT
+    sheet = Image.new("RGB", (columns * step_x + _GAP, rows * step_y + _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), _font(_FONT_SIZE - 2)
+    for number, (picture, title) in enumerate(cells):
+        scale = min(side / picture.width, side / picture.height)
+        size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
+        x, y = _GAP + number % columns * step_x, _GAP + number // columns * step_y
+        sheet.paste(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC), (x, y + side - size[1]))
+        while draw.textlength(title, font=font) > side and len(title) > 4:
+            title = "…" + title[2:]
+        draw.text((x, y + side + _TITLE_HEIGHT / 2), title, fill="black", font=font, anchor="lm")
+    return sheet
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
@@ -181,31 +231,43 @@ def _name(class_names: Sequence[str], number: int) -> str:
     return class_names[number]
 
 
+@functools.cache
 def _font(size: int) -> Any:
-    return ImageFont.load_default(size=size)
+    """matplotlib's: there with every version of PIL, and with more letters than PIL's own."""
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
-def _panel(
+def draw_boxes(
     picture: Image.Image, boxes: Sequence[Sequence[float]], classes: Sequence[int], labels: Sequence[str]
 ) -> Image.Image:
-    """A copy of the picture with boxes (x1, y1, x2, y2 in its pixels), labels above all lines."""
+    """A copy of the picture with boxes in one colour for each class; labels above all lines.
+
+    Args:
+        picture: RGB. In large pictures lines and letters are larger.
+        boxes: x1, y1, x2, y2 in its pixels; later ones are drawn over earlier ones.
+        classes: class number of each box.
+        labels: text of each box.
+    """
     panel = picture.copy()
     draw = ImageDraw.Draw(panel)
+    scale = max(1, round(min(picture.size) / 600))
     colours = [COLOURS[number % len(COLOURS)] for number in classes]
     for (x1, y1, x2, y2), colour in zip(boxes, colours, strict=True):
         x1, x2 = sorted(min(max(x, 0.0), panel.width - 1.0) for x in (x1, x2))
         y1, y2 = sorted(min(max(y, 0.0), panel.height - 1.0) for y in (y1, y2))
-        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=5)  # stands out on any ground
-        draw.rectangle((x1, y1, x2, y2), outline=colour, width=3)
-    font = _font(_FONT_SIZE)
+        rim = (x1 - scale, y1 - scale, x2 + scale, y2 + scale)
+        draw.rectangle(rim, outline="black", width=5 * scale)  # stands out on any ground
+        draw.rectangle((x1, y1, x2, y2), outline=colour, width=3 * scale)
+    letters = _FONT_SIZE * scale
+    font = _font(letters)
     taken: list[_Rectangle] = []
     for box, colour, label in reversed(list(zip(boxes, colours, labels, strict=True))):  # best scores first
-        width, height = draw.textlength(label, font=font) + 6, _FONT_SIZE + 5.0
+        width, height = draw.textlength(label, font=font) + 6 * scale, letters + 5.0 * scale
         place = _label_place(box, width, height, panel.size, taken)
         taken.append(place)
         draw.rectangle(place, fill=colour, outline="black")
         ink = "white" if colour in ("#0072B2", "#009E73", "#D55E00") else "black"
-        draw.text((place[0] + 3, (place[1] + place[3]) / 2), label, fill=ink, font=font, anchor="lm")
+        draw.text((place[0] + 3 * scale, (place[1] + place[3]) / 2), label, fill=ink, font=font, anchor="lm")
     return panel
 
 

@@ -24,7 +24,7 @@ LEVELS = [
     ["datasets"],
     ["dataset_mapper", "evaluation", "visualize"],
     ["engine"],
-    ["quickstart", "collect_env", "benchmarks"],
+    ["quickstart", "collect_env", "benchmarks", "data_check"],
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -13,7 +13,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.catalog import Metadata
+from detectron2.utils import comm
 
+from detr_family.datasets.check import DatasetPart, annotation_findings, read_part
 from detr_family.datasets.coco_json import CONFIG_KEY, printable, read_categories, read_coco_json
 
 _CHECKED_PICTURES = 20000
@@ -129,6 +131,7 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
     if not cfg.DATASETS.TRAIN:
         raise ValueError(f"DATASETS.TRAIN is empty. Name there what {CONFIG_KEY} or Detectron2 declares.")
     dicts: list[dict[str, Any]] = []
+    parts: list[DatasetPart] = []
     for name in cfg.DATASETS.TRAIN:
         _check_registered(name, "DATASETS.TRAIN")
         try:
@@ -146,15 +149,38 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
             )
         check_pictures(part, MetadataCatalog.get(name).get("image_root"))
         dicts.extend(part)
+        parts.append(DatasetPart(name, True, part, list(MetadataCatalog.get(name).get("thing_classes", [])), []))
     check_class_names(cfg)  # after loading: Detectron2's own loader only then knows the names
     if not any(not annotation.get("iscrowd", 0) for record in dicts for annotation in record["annotations"]):
         raise ValueError(
             f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has {len(dicts)} pictures but not one usable box: "
             f"there is nothing to train on. Check the annotation files in {CONFIG_KEY}."
         )
+    if comm.is_main_process():
+        log_findings(cfg, parts)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         dicts = filter_images_with_only_crowd_annotations(dicts)
     return dicts
+
+
+def log_findings(cfg: CfgNode, parts: list[DatasetPart]) -> None:
+    """Logs what is odd about the training sets, and what they share with the test sets; opens no picture.
+
+    Args:
+        cfg: reads DATASETS.TEST and MODEL.DETR.NUM_QUERIES.
+        parts: the training sets as read.
+    """
+    tests = []
+    for name in cfg.DATASETS.TEST:
+        # Detectron2's built-in sets are known to be disjoint, and large.
+        if name in DatasetCatalog and isinstance(MetadataCatalog.get(name), CocoFormatMetadata):
+            try:
+                tests.append(read_part(name, training=False))
+            except ValueError:
+                continue  # told by check_class_names
+    for finding in annotation_findings([*parts, *tests], cfg.MODEL.DETR.NUM_QUERIES):
+        if finding.level != "note" and finding.kind != "bad_boxes":  # those are logged where they are read
+            _logger.warning("%s", finding)
 
 
 def check_class_names(cfg: CfgNode) -> None:

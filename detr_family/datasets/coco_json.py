@@ -28,6 +28,8 @@ _BORDER_TOLERANCE = 1.0
 _LEAST_SIDE = 1e-3
 # The most digits a picture's side may have: sides of more are typing errors, and overflow later.
 _MOST_PIXELS = 10**6
+# From this share of boxes that reach outside on, they are taken for two corners.
+_SHARE_OUTSIDE = 0.2
 _ORIENTATION_TAG = 0x0112
 _NAMED_EXAMPLES = 5
 
@@ -91,7 +93,7 @@ def read_coco_json(json_file: str, image_root: str) -> list[dict[str, Any]]:
         ValueError: the file is missing, is no COCO file, contradicts itself or has no pictures.
     """
     scan = scan_coco_json(json_file, image_root)
-    _report(json_file, scan.faults, scan.num_annotations or 0)
+    _report(json_file, scan)
     return scan.records
 
 
@@ -348,12 +350,25 @@ def _area(value: object, box: list[float], clipped: bool) -> float:
     return box_area
 
 
-def _report(json_file: str, faults: dict[str, list[str]], total: int) -> None:
-    if not faults:
+def corners_suspected(scan: CocoScan) -> str:
+    """Where so many boxes reach outside their pictures that they seem to be corners: what to do; else empty."""
+    outside = sum(len(labels) for fault, labels in scan.faults.items() if "outside" in fault)
+    if not scan.num_annotations or outside < 5 or outside < _SHARE_OUTSIDE * scan.num_annotations:
+        return ""
+    return (
+        f"{outside} of {scan.num_annotations} boxes reach outside their pictures: COCO's format has x, y, width, "
+        "height, not two corners, and counts in the pixels of the picture as it is shown"
+    )
+
+
+def _report(json_file: str, scan: CocoScan) -> None:
+    if not scan.faults:
         return
-    lines = [f"{json_file}: unusable boxes are left out, of {total} annotations:"]
-    for fault, labels in sorted(faults.items()):
+    lines = [f"{json_file}: unusable boxes are left out, of {scan.num_annotations} annotations:"]
+    for fault, labels in sorted(scan.faults.items()):
         examples = ", ".join(labels[:_NAMED_EXAMPLES]) + (", ..." if len(labels) > _NAMED_EXAMPLES else "")
         lines.append(f"  {len(labels)} {fault}: {examples}")
+    if hint := corners_suspected(scan):
+        lines.append(hint)
     # An evaluation reads its file anew each time; the same report once is enough.
     log_first_n(logging.WARNING, "\n".join(lines), name=__name__, key="message")

@@ -1,0 +1,55 @@
+"""Reading one picture, with every fault of a file turned into one ValueError that names it."""
+
+from __future__ import annotations
+
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+
+def read_picture(path: str, image_format: str) -> np.ndarray:
+    """A picture as the detectors see it: turned by its EXIF orientation, 8 bits a channel.
+
+    Args:
+        path: the file.
+        image_format: "RGB" or "BGR" (INPUT.FORMAT).
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        ValueError: the file is missing, damaged, no picture, or has more than 8 bits a channel.
+    """
+    check_depth(path)
+    try:
+        image: np.ndarray = read_image(path, image_format)
+    except Exception as error:  # whatever a damaged file makes the decoder raise
+        raise unreadable(path, error) from error
+    return image
+
+
+def check_depth(path: str) -> None:
+    """Refuses what PIL would turn to 8 bits by cutting off at 255.
+
+    Raises:
+        ValueError: the picture has 16 or more bits a channel, or its header cannot be read.
+    """
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as picture:
+            mode = picture.mode
+    except Exception as error:  # whatever a damaged header makes the decoder raise
+        raise unreadable(path, error) from error
+    if mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{path} has more than 8 bits a channel (PIL mode {mode!r}). Convert the pictures to "
+            "8 bits, with the scaling that suits them."
+        )
+
+
+def unreadable(path: str, error: Exception) -> ValueError:
+    """The error that names a damaged picture."""
+    return ValueError(
+        f"The picture {path} cannot be read ({type(error).__name__}: {error}). Restore the file, or remove "
+        "its entry from the annotation file; the picture folder is given in DATASETS.COCO_FORMAT."
+    )

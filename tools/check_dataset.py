@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""Checks data sets in COCO format, and draws them as training will see them.
+
+python tools/check_dataset.py --train train.json images --val val.json images --sheet sheet.png
+python tools/check_dataset.py --config-file configs/my_cells.yaml
+"""
+
+import sys
+from pathlib import Path
+
+from detr_family.data_check import parser, run
+
+if __name__ == "__main__":
+    sys.exit(run(parser(Path(__file__).resolve().parent.parent / "configs" / "Base-DETR.yaml").parse_args()))
