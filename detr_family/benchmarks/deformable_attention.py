@@ -13,19 +13,17 @@ graph where the contestant can be captured, else of calls in a row.
 """
 
 import argparse
-import ctypes
 import math
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from detr_family.benchmarks.measure import Run, peak_of, time_on_cpu
 from detr_family.layers import deformable_attention_ops as ops
 from detr_family.layers.deformable_attention import ms_deform_attn
 from detr_family.layers.deformable_attention_torch import fused_inputs, ms_deform_attn_torch
@@ -33,7 +31,6 @@ from detr_family.layers.deformable_attention_torch import fused_inputs, ms_defor
 LEVELS = [(100, 167), (50, 84), (25, 42), (13, 21)]
 HEADS, CHANNELS, POINTS = 8, 32, 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Run = Callable[[], object]
 
 
 @dataclass
@@ -168,19 +165,6 @@ def prepare(forward: Forward, raw: bool, inputs: Inputs, backward: bool) -> Run:
     return lambda: torch.autograd.grad(forward(own), leaves, own.grad_output)
 
 
-def time_on_cpu(runs: dict[str, Run], repeats: int, wall: bool) -> dict[str, float]:
-    """Median seconds per call: CPU time of the process (or wall-clock time), the contestants in turn."""
-    clock = time.perf_counter if wall else time.process_time
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_number in range(repeats + 1):
-        for name, run in runs.items():
-            begin = clock()
-            run()
-            if round_number:  # the first round warms up
-                times[name].append(clock() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def time_on_cuda(runs: dict[str, Run], repeats: int, calls: int = 20) -> dict[str, float]:
     """Median seconds per call, of a replayed graph where that can be captured."""
     steps: dict[str, Run] = {}
@@ -266,14 +250,6 @@ def print_scaling(arguments: argparse.Namespace) -> None:
             print(f"{title}: {arguments.threads} threads {ratio:.2f}x as fast as one")
 
 
-def _resident(field: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
 def peak_memory(name: str, contestant: str, batch: int) -> int:
     """Bytes that one forward + backward takes beyond its inputs, on the CPU; run in a process of its own."""
     inputs = make_inputs(name, batch, torch.float32, "cpu")
@@ -281,13 +257,7 @@ def peak_memory(name: str, contestant: str, batch: int) -> int:
     forward, raw = contestants(inputs)[contestant]
     prepare(forward, raw, small, True)()  # loads code
     run = prepare(forward, raw, inputs, True)
-    ctypes.CDLL(None).malloc_trim(0)  # what is free is given back, lest it be used again unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _resident("VmRSS")
-    kept = run()
-    peak = _resident("VmHWM") - before
-    del kept
-    return peak
+    return peak_of(run)
 
 
 def print_memory(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,22 @@
+"""The benchmarks run and print what they promise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from detr_family.benchmarks import denoising
+
+CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "dn_detr_quickstart.yaml")
+
+
+def test_cost_of_denoising(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["MODEL.DETR.HIDDEN_DIM", "16", "MODEL.DETR.NUM_HEADS", "2", "MODEL.DETR.DEC_LAYERS", "2"]
+    options = ["--pictures", "2", "--boxes", "3", "--size", "64", "64", "--repeats", "2"]
+    monkeypatch.setattr("sys.argv", ["denoising", "--config-file", CONFIG, *options, *small])
+    denoising.main()
+    printed = capsys.readouterr().out
+    assert "2 pictures of 64x64 with 3 boxes" in printed
+    assert re.search(r"making the groups \d+\.\d+ ms", printed)
