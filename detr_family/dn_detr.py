@@ -26,7 +26,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from detr_family.conditional_detr import PRIOR_BIAS
-from detr_family.criterion import FocalClassLoss, SetCriterion
+from detr_family.criterion import FocalClassLoss, SetCriterion, mean_num_boxes
 from detr_family.dab_detr import EPS, DABDecoder, DABEncoder
 from detr_family.denoising import DenoisingGroups, DenoisingPrediction, denoising_groups, split_prediction
 from detr_family.layers.boxes import inverse_sigmoid
@@ -217,13 +217,16 @@ class DNDETR(SetDetector):
     def losses(self, prediction: SetPrediction, targets: Targets) -> dict[str, Tensor]:
         """Losses of matched sets, and the same of the denoised boxes with `_dn` in their names (section 4.2).
 
-        The latter are divided by this process's number of noised boxes, as in the release.
+        The latter are divided by the number of noised boxes, averaged over all processes like that of boxes: so they
+        do not depend on how a batch is split. With one process it is the release's.
         """
         losses = super().losses(prediction, targets)
         if isinstance(prediction, DenoisingPrediction):
             denoised = prediction.denoised if self.aux_loss else prediction.denoised.layers(-1)
             denoised, truth, known = prediction.groups.known_alone(denoised, targets)
-            losses |= self.criterion(denoised, truth, known, num_boxes=max(len(truth), 1), suffix="_dn")
+            per_box = len(truth) / len(targets) if len(targets) else 1.0  # G, unless boxes were left out
+            num_boxes = per_box * mean_num_boxes(targets)
+            losses |= self.criterion(denoised, truth, known, num_boxes=num_boxes, suffix="_dn")
         return losses
 
 

@@ -18,7 +18,7 @@ Result = tuple[dict[str, float], dict[str, torch.Tensor]]
 
 def losses_and_gradients(name: str, batches: list[list[dict[str, Any]]], path: str) -> None:
     torch.set_num_threads(1)
-    model = create_ddp_model(tiny.build(name).train(), broadcast_buffers=False, device_ids=None)
+    model = create_ddp_model(tiny.quiet(name).train(), broadcast_buffers=False, device_ids=None)
     losses = model(batches[comm.get_rank()])
     sum(losses.values()).backward()
     gathered = comm.gather({k: v.item() for k, v in losses.items()})
@@ -36,9 +36,13 @@ def in_processes(name: str, batches: list[list[dict[str, Any]]], path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.DETECTORS)
-@pytest.mark.parametrize("counts", [(3, 2, 1, 5), (3, 2, 0, 0), (0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("counts", [(3, 2, 1, 3), (3, 2, 0, 0), (0, 0, 0, 0)], ids=str)
 def test_two_processes_equal_one_with_the_doubled_batch(name: str, counts: tuple[int, ...], tmp_path: Path) -> None:
-    """The second case has a rank without boxes, the third no boxes at all: nothing hangs, nothing is unused."""
+    """The second case has a rank without boxes, the third no boxes at all: nothing hangs, nothing is unused.
+
+    The largest number of boxes in a picture is the same for both ranks: denoising queries see the empty slots of their
+    group, as in the releases, and there are as many as the batch needs.
+    """
     inputs = tiny.batch(counts)
     one, one_gradients = in_processes(name, [inputs], tmp_path / "one")
     two, two_gradients = in_processes(name, [inputs[:2], inputs[2:]], tmp_path / "two")
