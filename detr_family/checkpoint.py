@@ -268,6 +268,42 @@ class DETRCheckpointer(DetectionCheckpointer):
         log.warning(message)
 
 
+class _Reader(DETRCheckpointer):
+    """Reads a checkpoint as DETRCheckpointer does, and keeps it in place of loading it."""
+
+    checkpoint: dict[str, Any]
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        self.checkpoint = dict(checkpoint)
+
+
+def read_class_names(path: str) -> list[str] | None:
+    """Names of the classes that a checkpoint was trained with, by class number, without a model to load it into.
+
+    Args:
+        path: as for `DETRCheckpointer.load`.
+
+    Returns:
+        The names; COCO's 80 for a paper's released file; None where the file does not say.
+
+    Raises:
+        FileNotFoundError: there is no such file, or it cannot be fetched.
+        ValueError: the file is no checkpoint, or not safe to load.
+    """
+    reader = _Reader(nn.Module())
+    reader.load(path)
+    checkpoint = reader.checkpoint
+    names = checkpoint.get("class_names")
+    if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+        return list(names)
+    released = any(name.startswith("backbone.0.") for name in checkpoint["model"])
+    heads = [name for name in checkpoint["model"] if name.endswith("bias") and _CLASS_ROWS.search(name)]
+    rows = {len(checkpoint["model"][name]) for name in heads}
+    if released and rows and rows <= {91, 92}:
+        return [category["name"] for category in COCO_CATEGORIES if category["isthing"]]
+    return None
+
+
 def _listing(what: str, names: Sequence[str], most: int = 5) -> str:
     if not names:
         return ""

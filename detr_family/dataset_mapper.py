@@ -18,6 +18,10 @@ from detectron2.data.detection_utils import SizeMismatchError
 from detr_family.datasets.pictures import check_depth, unreadable
 
 _CROP_PROBABILITY = 0.5
+_REMEDY = (
+    "Restore the file, or remove its entry from the annotation file; the picture folder is given in "
+    "DATASETS.COCO_FORMAT."
+)
 # The longer side before a crop, in units of the shorter: a picture of 10000x20 must not become one of 200000x400.
 _LONGEST_BEFORE_CROP = 16
 
@@ -83,7 +87,7 @@ class DETRDatasetMapper(DatasetMapper):
                 the dict says; with the file's name.
         """
         path = str(dataset_dict["file_name"])
-        check_depth(path)
+        check_depth(path, _REMEDY)
         try:
             mapped: dict[str, Any] = super().__call__(copy.copy(dataset_dict))
         except SizeMismatchError as error:
@@ -91,5 +95,5 @@ class DETRDatasetMapper(DatasetMapper):
                 f"{path}: {error} (Sizes are compared after turning the picture by its EXIF orientation.)"
             ) from error
         except Exception as error:  # whatever a damaged file makes the decoder raise
-            raise unreadable(path, error) from error
+            raise unreadable(path, error, _REMEDY) from error
         return mapped

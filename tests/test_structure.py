@@ -23,8 +23,9 @@ LEVELS = [
     ["checkpoint"],
     ["datasets"],
     ["dataset_mapper", "evaluation", "visualize"],
+    ["predictor"],
     ["engine"],
-    ["quickstart", "collect_env", "benchmarks", "data_check"],
+    ["quickstart", "collect_env", "benchmarks", "data_check", "demo"],
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

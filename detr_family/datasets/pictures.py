@@ -29,8 +29,12 @@ def read_picture(path: str, image_format: str) -> np.ndarray:
     return image
 
 
-def check_depth(path: str) -> None:
+def check_depth(path: str, remedy: str = "Restore the file.") -> None:
     """Refuses what PIL would turn to 8 bits by cutting off at 255.
+
+    Args:
+        path: the file.
+        remedy: what to tell the user to do where the header cannot be read.
 
     Raises:
         ValueError: the picture has 16 or more bits a channel, or its header cannot be read.
@@ -39,7 +43,7 @@ def check_depth(path: str) -> None:
         with PathManager.open(path, "rb") as file, Image.open(file) as picture:
             mode = picture.mode
     except Exception as error:  # whatever a damaged header makes the decoder raise
-        raise unreadable(path, error) from error
+        raise unreadable(path, error, remedy) from error
     if mode.startswith(("I", "F")):
         raise ValueError(
             f"{path} has more than 8 bits a channel (PIL mode {mode!r}). Convert the pictures to "
@@ -47,9 +51,6 @@ def check_depth(path: str) -> None:
         )
 
 
-def unreadable(path: str, error: Exception) -> ValueError:
-    """The error that names a damaged picture."""
-    return ValueError(
-        f"The picture {path} cannot be read ({type(error).__name__}: {error}). Restore the file, or remove "
-        "its entry from the annotation file; the picture folder is given in DATASETS.COCO_FORMAT."
-    )
+def unreadable(path: str, error: Exception, remedy: str = "Restore the file.") -> ValueError:
+    """The error that names a damaged picture, and says what to do."""
+    return ValueError(f"The picture {path} cannot be read ({type(error).__name__}: {error}). {remedy}")

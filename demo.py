@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""Finds objects in pictures and videos with a trained detector.
+
+python demo.py --config-file output/cells/config.yaml --weights output/cells/model_final.pth --input pictures/ clip.mp4
+"""
+
+import sys
+
+from detr_family.demo import parser, run
+
+if __name__ == "__main__":
+    sys.exit(run(parser().parse_args()))

@@ -1,0 +1,284 @@
+"""The demo as a command: pictures, folders, globs and videos in; drawn boxes and COCO-format JSON out."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.structures import Instances
+from PIL import Image
+from tqdm import tqdm
+
+from detr_family.checkpoint import COCO_IDS
+from detr_family.config import load_config
+from detr_family.datasets.coco import register_datasets
+from detr_family.predictor import Picture, Predictor
+from detr_family.visualize import draw_detections
+
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
+_NAMED_EXAMPLES = 5
+_NO_CV2 = (
+    "a video needs OpenCV, which is not installed: pip install opencv-python-headless, or take it apart first: "
+    "ffmpeg -i clip.mp4 frames/%06d.png"
+)
+
+
+def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path], list[Path]]:
+    """What a command line names: files, folders (not those below them) and globs ("**" goes below).
+
+    Args:
+        patterns: as typed.
+
+    Returns:
+        Pictures, videos, and files of folders and globs that by their suffix are neither; each once, folders
+        and globs in the order of their names.
+
+    Raises:
+        ValueError: something is not there, or a folder or glob has neither picture nor video.
+    """
+    known = {suffix.lower() for suffix in Image.registered_extensions()}
+    pictures: dict[Path, None] = {}
+    videos: dict[Path, None] = {}
+    others: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_file():  # taken for what it is called, a picture in doubt
+            (videos if path.suffix.lower() in VIDEO_SUFFIXES else pictures)[path] = None
+            continue
+        if path.is_dir():
+            found = sorted(child for child in path.iterdir() if child.is_file())
+        else:
+            found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+            if not found:
+                raise ValueError(f"{pattern!r} is no file or folder, and as a pattern it matches no file")
+        kinds = {child: child.suffix.lower() for child in found}
+        chosen = [child for child, suffix in kinds.items() if suffix in known or suffix in VIDEO_SUFFIXES]
+        if not chosen:
+            raise ValueError(f"{pattern!r} has no picture or video among its {len(found)} files")
+        for child in chosen:
+            (videos if kinds[child] in VIDEO_SUFFIXES else pictures)[child] = None
+        others.update(dict.fromkeys(child for child in found if child not in set(chosen)))
+    return list(pictures), list(videos), list(others)
+
+
+@dataclass
+class Results:
+    """What a run has found, in COCO's formats.
+
+    Attributes:
+        class_names: by class number.
+        category_ids: by class number, those of the JSON files.
+        images: entries of "images": id, file_name, width, height. A frame of a video is named clip.mp4#000012.
+        detections: entries of results.json: image_id, category_id, bbox (x, y, width, height in pixels), score.
+        failed: what could not be read, and why.
+        best: the highest score of all, drawn or not.
+    """
+
+    class_names: list[str]
+    category_ids: list[int]
+    images: list[dict[str, Any]] = field(default_factory=list)
+    detections: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    best: float = 0.0
+
+    def add(self, name: str, instances: Instances, threshold: float) -> None:
+        """Takes over the instances that score enough."""
+        height, width = instances.image_size
+        image_id = len(self.images) + 1
+        self.images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+        boxes = instances.pred_boxes.tensor.clone()
+        boxes[:, 2:] -= boxes[:, :2]
+        for box, score, number in zip(
+            boxes.tolist(), instances.scores.tolist(), instances.pred_classes.tolist(), strict=True
+        ):
+            self.best = max(self.best, score)
+            if score >= threshold:
+                entry = {"image_id": image_id, "category_id": self.category_ids[number], "bbox": box, "score": score}
+                self.detections.append(entry)
+
+    def write(self, folder: Path) -> None:
+        """Writes results.json, as pycocotools' loadRes takes it, and images.json, what its ids stand for."""
+        categories = [
+            {"id": identifier, "name": name}
+            for identifier, name in zip(self.category_ids, self.class_names, strict=True)
+        ]
+        known = {"info": {}, "images": self.images, "categories": categories}
+        for name, content in (("results.json", self.detections), ("images.json", known)):
+            (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def category_ids(cfg: CfgNode, class_names: Sequence[str]) -> list[int]:
+    """The category id of each class: those of the data set with these names, COCO's, or else 1, 2, 3 ...
+
+    Args:
+        cfg: the data sets of the training are looked for in it; they need not be here.
+        class_names: by class number.
+    """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        try:
+            metadata = MetadataCatalog.get(name)
+            names = metadata.get("thing_classes")
+            ids = metadata.get("thing_dataset_id_to_contiguous_id")
+        except ValueError:  # its file is not here
+            continue
+        if names is not None and ids and list(names) == list(class_names):
+            return [identifier for identifier, _ in sorted(ids.items(), key=lambda pair: pair[1])]
+    if list(class_names) == list(MetadataCatalog.get("coco_2017_val").get("thing_classes", [])):
+        return list(COCO_IDS)
+    return list(range(1, len(class_names) + 1))
+
+
+def run_pictures(
+    predictor: Predictor, pictures: Sequence[Path], output: Path, results: Results, threshold: float, progress: bool
+) -> None:
+    """Predicts pictures in batches, draws each into `output` and adds it to the results."""
+    taken: set[str] = set()
+
+    def failed(picture: Picture, error: ValueError) -> None:
+        results.failed.append((str(picture), str(error)))
+        bar.update()
+
+    with tqdm(total=len(pictures), desc="pictures", disable=not progress, mininterval=0.5) as bar:
+        for prediction in predictor.stream(pictures, on_error=failed):
+            source = Path(str(prediction.source))
+            results.add(str(source), prediction.instances, threshold)
+            drawn = draw_detections(prediction.image, prediction.instances, results.class_names, threshold)
+            drawn.save(output / _free_name(source, taken), quality=95)
+            bar.update()
+
+
+def _free_name(source: Path, taken: set[str]) -> str:
+    """A file name for a drawn picture: JPEG for JPEG, else PNG; numbered where two sources share one."""
+    suffix = ".jpg" if source.suffix.lower() in (".jpg", ".jpeg") else ".png"
+    name, number = source.stem + suffix, 1
+    while name in taken:
+        number += 1
+        name = f"{source.stem}_{number}{suffix}"
+    taken.add(name)
+    return name
+
+
+def run_video(
+    predictor: Predictor, video: Path, output: Path, results: Results, threshold: float, progress: bool
+) -> None:
+    """Predicts a video's frames in batches and writes them, drawn, to a video of the same name (.mp4).
+
+    Raises:
+        ValueError: OpenCV cannot write videos.
+        ImportError: OpenCV is not installed.
+    """
+    import cv2
+
+    capture = cv2.VideoCapture(str(video))
+    writer = None
+    frames = 0
+    target = output / (video.stem + ".mp4")
+
+    def read() -> Iterator[np.ndarray]:
+        while True:
+            there, frame = capture.read()
+            if not there:
+                return
+            yield frame
+
+    try:
+        total = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None
+        rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
+        for prediction in tqdm(predictor.stream(read()), video.name, total, disable=not progress, mininterval=0.5):
+            frames += 1
+            results.add(f"{video}#{frames:06d}", prediction.instances, threshold)
+            drawn = np.asarray(draw_detections(prediction.image, prediction.instances, results.class_names, threshold))
+            if writer is None:
+                size = drawn.shape[1], drawn.shape[0]
+                writer = cv2.VideoWriter(str(target), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+                if not writer.isOpened():
+                    raise ValueError(f"{target} cannot be written: this OpenCV has no encoder for mp4v")
+            writer.write(np.ascontiguousarray(drawn[:, :, ::-1]))
+    finally:
+        capture.release()
+        if writer is not None:
+            writer.release()
+    if not frames:
+        results.failed.append((str(video), f"The video {video} cannot be read: OpenCV finds no frame in it."))
+    elif total is not None and frames < 0.9 * total:
+        results.failed.append((str(video), f"The video {video} is damaged: {frames} of {total} frames could be read."))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of demo.py; its names are those of Detectron2's demo."""
+    result = argparse.ArgumentParser(
+        description="Finds objects in pictures and videos, draws them, and writes COCO-format JSON.",
+        epilog="Exit status: 0, 1 where something could not be read (the rest was done), 2 where nothing was done.",
+    )
+    result.add_argument(
+        "--config-file", required=True, metavar="FILE", help="one of configs/, or the config.yaml of a training"
+    )
+    result.add_argument("--weights", metavar="FILE", help="the checkpoint; by default MODEL.WEIGHTS of the config")
+    result.add_argument("--input", required=True, nargs="+", metavar="PATH", help="pictures, folders, globs, videos")
+    result.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for what is written")
+    result.add_argument(
+        "--confidence-threshold", type=float, default=0.5, help="least score of what is drawn and written"
+    )
+    result.add_argument("--batch-size", type=int, default=1, help="pictures that go through the model together")
+    result.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs of the configuration")
+    return result
+
+
+def run(args: argparse.Namespace, progress: bool = True) -> int:
+    """Does what the command line says; returns the exit status."""
+    try:
+        results = _run(args, progress)
+    except (OSError, ValueError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{len(results.images)} pictures, {len(results.detections)} boxes that score {args.confidence_threshold:g} or "
+        f"more; drawn pictures, results.json and images.json: {args.output}"
+    )
+    if results.images and not results.detections:
+        print(f"The best score of all is {results.best:.3f}: lower --confidence-threshold to see more.")
+    if results.failed:
+        print(f"{len(results.failed)} could not be read:", file=sys.stderr)
+        for _, reason in results.failed[:_NAMED_EXAMPLES]:
+            print(f"  {reason}", file=sys.stderr)
+        if len(results.failed) > _NAMED_EXAMPLES:
+            rest = ", ".join(name for name, _ in results.failed[_NAMED_EXAMPLES:])
+            print(f"  and {rest}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(args: argparse.Namespace, progress: bool) -> Results:
+    if not 0 <= args.confidence_threshold <= 1:
+        raise ValueError(f"--confidence-threshold is {args.confidence_threshold}; scores lie between 0 and 1")
+    pictures, videos, others = find_inputs(args.input)
+    if videos and importlib.util.find_spec("cv2") is None:
+        raise ValueError(f"{videos[0]}: {_NO_CV2}")
+    if others:
+        print(f"{len(others)} files are no pictures or videos by their suffix and are left out", file=sys.stderr)
+    cfg = load_config(args.config_file, args.opts)
+    register_datasets(cfg)
+    predictor = Predictor.from_config(cfg, args.weights, batch_size=args.batch_size)
+    count: Any = predictor.model.num_classes
+    names = predictor.class_names or [f"class {i}" for i in range(count)]
+    results = Results(names, category_ids(cfg, names))
+    args.output.mkdir(parents=True, exist_ok=True)
+    run_pictures(predictor, pictures, args.output, results, args.confidence_threshold, progress)
+    for video in videos:
+        try:
+            run_video(predictor, video, args.output, results, args.confidence_threshold, progress)
+        except ValueError as error:  # what was found in the other inputs is still written
+            results.failed.append((str(video), str(error)))
+    results.write(args.output)
+    return results

@@ -1,0 +1,229 @@
+"""Detectors in other programs: pictures in, Detectron2's `Instances` out, many at a time.
+
+```python
+predictor = Predictor.from_config("output/cells/config.yaml", "output/cells/model_final.pth", batch_size=4)
+instances = predictor("picture.jpg")
+print(predictor.names(instances), instances.scores, instances.pred_boxes)
+```
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from torch import nn
+
+from detr_family.checkpoint import DETRCheckpointer, read_class_names
+from detr_family.config import load_config
+from detr_family.dataset_mapper import ResizeShortestEdge
+from detr_family.datasets.coco import register_datasets
+from detr_family.datasets.pictures import read_picture
+
+# A path, or the pixels: (H, W, 3) uint8.
+Picture = str | os.PathLike[str] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was found in one picture.
+
+    Attributes:
+        source: what was given: a path, or the array.
+        image: (H, W, 3) uint8, RGB, turned by its EXIF orientation.
+        instances: on the CPU, with pred_boxes (x1, y1, x2, y2 in pixels of `image`), scores in descending
+            order and pred_classes.
+    """
+
+    source: Picture
+    image: np.ndarray
+    instances: Instances
+
+
+class Predictor:
+    """Reads, resizes and batches pictures as an evaluation does, and runs a detector on them.
+
+    A picture's result may differ in the last digits with what it is batched with: a convolution sees the padding.
+
+    Args:
+        model: a detector with Detectron2's contract; it is put into evaluation mode.
+        class_names: by class number; None where they are not known.
+        input_format: the channel order that the model was trained with (INPUT.FORMAT), "RGB" or "BGR".
+        min_size: the shorter side that pictures are resized to, pixels (INPUT.MIN_SIZE_TEST); 0 leaves them.
+        max_size: the most that the longer side may then have (INPUT.MAX_SIZE_TEST).
+        batch_size: pictures that go through the model together.
+
+    Raises:
+        ValueError: a batch size below 1, or a channel order that is neither.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        class_names: Sequence[str] | None = None,
+        input_format: str = "RGB",
+        min_size: int = 800,
+        max_size: int = 1333,
+        batch_size: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        _check_format(input_format, "INPUT.FORMAT")
+        self.model = model.eval()
+        self.class_names = None if class_names is None else list(class_names)
+        self.input_format = input_format
+        self.resize = ResizeShortestEdge([min_size, min_size], max_size)
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_config(
+        cls,
+        config: CfgNode | str | os.PathLike[str],
+        weights: str | os.PathLike[str] | None = None,
+        *,
+        opts: Sequence[str] = (),
+        batch_size: int = 1,
+    ) -> Predictor:
+        """Builds the detector of a configuration and loads its weights.
+
+        The checkpoint says the class names, and with them the number of classes; the data sets need not be here.
+        Where it holds none, they are those of the data sets in the configuration.
+
+        Args:
+            config: a configuration, or a YAML file: one of configs/, or the config.yaml of a training.
+            weights: the checkpoint; by default MODEL.WEIGHTS of the configuration.
+            opts: KEY, VALUE, KEY, VALUE ..., where `config` is a file.
+            batch_size: pictures that go through the model together.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: no such configuration, a key that does not exist, or a checkpoint that is none, is not safe to
+                load or does not fit.
+        """
+        if isinstance(config, CfgNode):
+            cfg = config.clone()
+            cfg.defrost()
+        else:
+            cfg = load_config(os.fspath(config), opts)
+        if weights is not None:
+            cfg.MODEL.WEIGHTS = os.fspath(weights)
+        names = read_class_names(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
+        if names is not None:
+            cfg.MODEL.DETR.NUM_CLASSES = len(names)
+        elif cfg.MODEL.DETR.NUM_CLASSES == -1:
+            register_datasets(cfg)
+        model = build_model(cfg)
+        DETRCheckpointer(model, whole=True).load(cfg.MODEL.WEIGHTS)
+        return cls(
+            model,
+            class_names=names or names_of_data_sets(cfg, model.num_classes),
+            input_format=cfg.INPUT.FORMAT,
+            min_size=cfg.INPUT.MIN_SIZE_TEST,
+            max_size=cfg.INPUT.MAX_SIZE_TEST,
+            batch_size=batch_size,
+        )
+
+    def __call__(self, pictures: Picture | Sequence[Picture], array_format: str = "BGR") -> Any:
+        """Instances of one picture, or a list of them for a list.
+
+        Args:
+            pictures: a path, an array (H, W, 3) uint8, or a list of such.
+            array_format: channel order of the arrays: "BGR", as cv2 and Detectron2's DefaultPredictor have
+                it, or "RGB".
+
+        Returns:
+            `Instances` on the CPU with pred_boxes (x1, y1, x2, y2 in pixels of the picture as it was given),
+            scores and pred_classes; see `names` for the classes' names.
+
+        Raises:
+            ValueError: a picture that cannot be read, an array of another shape or type.
+        """
+        if isinstance(pictures, (str, os.PathLike, np.ndarray)):
+            return next(self.stream([pictures], array_format)).instances
+        return [prediction.instances for prediction in self.stream(pictures, array_format)]
+
+    def stream(
+        self,
+        pictures: Iterable[Picture],
+        array_format: str = "BGR",
+        on_error: Callable[[Picture, ValueError], None] | None = None,
+    ) -> Iterator[Prediction]:
+        """Predictions one after the other, for more pictures than memory holds.
+
+        Args:
+            pictures: paths or arrays, read as they are needed.
+            array_format: channel order of the arrays.
+            on_error: called with a picture that cannot be read, and why; the rest goes on. By default the
+                error is raised.
+        """
+        _check_format(array_format, "array_format")
+        batch: list[tuple[Picture, np.ndarray]] = []
+        for picture in pictures:
+            try:
+                image = self._pixels(picture, array_format)
+            except ValueError as error:
+                if on_error is None:
+                    raise
+                on_error(picture, error)
+                continue
+            batch.append((picture, image))
+            if len(batch) == self.batch_size:
+                yield from self._predict(batch)
+                batch = []
+        if batch:
+            yield from self._predict(batch)
+
+    def names(self, instances: Instances) -> list[str]:
+        """The class name of each instance; "class 3" where the names are not known."""
+        numbers = instances.pred_classes.tolist()
+        return [f"class {i}" if self.class_names is None else self.class_names[i] for i in numbers]
+
+    def _pixels(self, picture: Picture, array_format: str) -> np.ndarray:
+        if not isinstance(picture, np.ndarray):
+            return read_picture(os.fspath(picture), "RGB")
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+            raise ValueError(
+                f"an array of shape {picture.shape} and type {picture.dtype} is no picture: (height, width, 3) of "
+                "uint8 is needed"
+            )
+        return picture if array_format == "RGB" else picture[:, :, ::-1]
+
+    def _predict(self, batch: Sequence[tuple[Picture, np.ndarray]]) -> Iterator[Prediction]:
+        inputs = []
+        for _, image in batch:
+            seen = image if self.input_format == "RGB" else image[:, :, ::-1]
+            augmented = T.AugInput(np.ascontiguousarray(seen))
+            self.resize(augmented)
+            tensor = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+            inputs.append({"image": tensor, "height": image.shape[0], "width": image.shape[1]})
+        with torch.no_grad():
+            outputs = self.model(inputs)
+        for (source, image), output in zip(batch, outputs, strict=True):
+            yield Prediction(source, np.ascontiguousarray(image), output["instances"].to("cpu"))
+
+
+def names_of_data_sets(cfg: CfgNode, count: int) -> list[str] | None:
+    """Class names of the first data set of a configuration that is here and has `count` of them."""
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        try:
+            names = MetadataCatalog.get(name).get("thing_classes")
+        except ValueError:  # its file is not here
+            continue
+        if names is not None and len(names) == count:
+            return list(names)
+    return None
+
+
+def _check_format(channels: str, key: str) -> None:
+    if channels not in ("RGB", "BGR"):
+        raise ValueError(f"{key} is {channels!r}; it may be 'RGB' or 'BGR'")

@@ -1,0 +1,184 @@
+"""The demo as a command: what it takes, what it writes, and what it says where something is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from own_data import CATEGORIES, write
+from PIL import Image
+from pycocotools.coco import COCO
+from test_predictor import NAMES, Bomb, config
+
+from detr_family.checkpoint import DETRCheckpointer
+from detr_family.demo import category_ids, find_inputs, parser, run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures, one of them damaged, a text; a configuration and a checkpoint of a tiny detector."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for seed, name in enumerate(("a.png", "b.jpg", "c.png")):
+        pixels = np.random.default_rng(seed).integers(0, 256, (40 + 8 * seed, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(pictures / name)
+    (pictures / "broken.png").write_bytes((pictures / "a.png").read_bytes()[:200])
+    (pictures / "notes.txt").write_text("text")
+    (tmp_path / "config.yaml").write_text(config("DETR").dump())
+    DETRCheckpointer(tiny.build("DETR"), str(tmp_path), class_names=NAMES).save("weights")
+    return tmp_path
+
+
+def demo(folder: Path, *inputs: str | Path, threshold: str = "0", more: tuple[str, ...] = ()) -> int:
+    arguments = ["--config-file", str(folder / "config.yaml"), "--weights", str(folder / "weights.pth")]
+    arguments += ["--output", str(folder / "out"), "--confidence-threshold", threshold, "--batch-size", "2", *more]
+    return run(parser().parse_args([*arguments, "--input", *map(str, inputs)]), progress=False)
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / "out" / name).read_text())
+
+
+def test_a_folder_gives_drawn_pictures_and_json_and_names_what_is_broken(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert demo(folder, folder / "pictures") == 1
+    said = capsys.readouterr()
+    assert "3 pictures, 21 boxes" in said.out
+    assert "1 could not be read" in said.err and "broken.png cannot be read" in said.err
+    assert "1 files are no pictures" in said.err
+    out = folder / "out"
+    assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.jpg", "c.png", "images.json", "results.json"]
+    drawn, source = (np.asarray(Image.open(p / "a.png").convert("RGB")) for p in (out, folder / "pictures"))
+    assert drawn.shape == source.shape and (drawn != source).any()
+
+
+def test_the_json_is_what_pycocotools_takes(folder: Path) -> None:
+    assert demo(folder, folder / "pictures" / "a.png", folder / "pictures" / "c.png") == 0
+    results, images = read(folder, "results.json"), read(folder, "images.json")
+    assert [category["name"] for category in images["categories"]] == NAMES
+    assert [Path(image["file_name"]).name for image in images["images"]] == ["a.png", "c.png"]
+    loaded = COCO(str(folder / "out" / "images.json")).loadRes(str(folder / "out" / "results.json"))
+    assert len(loaded.anns) == len(results) == 14
+    heights = {image["id"]: image["height"] for image in images["images"]}
+    for entry in results:
+        x, y, width, height = entry["bbox"]
+        assert x >= 0 and y >= 0 and x + width <= 64.001 and y + height <= heights[entry["image_id"]] + 0.001
+        assert entry["category_id"] in {category["id"] for category in images["categories"]}
+
+
+def test_the_threshold_holds_and_a_high_one_is_explained(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    demo(folder, folder / "pictures" / "a.png")
+    scores = sorted(entry["score"] for entry in read(folder, "results.json"))
+    middle = (scores[3] + scores[4]) / 2
+    assert demo(folder, folder / "pictures" / "a.png", threshold=str(middle)) == 0
+    assert [entry["score"] for entry in read(folder, "results.json")] == pytest.approx(scores[:3:-1])
+    assert demo(folder, folder / "pictures" / "a.png", threshold="1") == 0
+    assert f"The best score of all is {scores[-1]:.3f}" in capsys.readouterr().out
+    assert demo(folder, folder / "pictures" / "a.png", threshold="7") == 2
+    assert "--confidence-threshold is 7.0" in capsys.readouterr().err
+
+
+def test_category_ids_are_those_of_the_data_set_where_it_is_here(coco_folder: Path) -> None:
+    cfg = config("DETR")
+    assert category_ids(cfg, NAMES) == [1, 2, 3]
+    from detr_family.datasets import register_coco_format
+
+    register_coco_format("demo ids", write(coco_folder), str(coco_folder))
+    register_coco_format("demo gone", str(coco_folder / "gone.json"), str(coco_folder))
+    cfg.DATASETS.TRAIN = ("demo gone", "demo ids")
+    ordered = sorted(CATEGORIES, key=lambda category: category["id"])
+    names = [category["name"] for category in ordered]
+    assert category_ids(cfg, names) == [3, 7, 100]
+    assert category_ids(cfg, names[::-1]) == [1, 2, 3]
+    coco = MetadataCatalog.get("coco_2017_val").thing_classes
+    assert category_ids(cfg, coco)[-1] == 90
+    assert "demo ids" in DatasetCatalog
+
+
+def test_inputs_are_files_folders_and_globs_each_once(folder: Path) -> None:
+    pictures = folder / "pictures"
+    (pictures / "below").mkdir()
+    (pictures / "below" / "d.PNG").write_bytes(b"")
+    (pictures / "clip.mp4").write_bytes(b"")
+    found, videos, others = find_inputs([str(pictures), str(pictures / "*.png"), str(pictures / "**" / "d.*")])
+    assert [path.name for path in found] == ["a.png", "b.jpg", "broken.png", "c.png", "d.PNG"]
+    assert [path.name for path in videos] == ["clip.mp4"] and [path.name for path in others] == ["notes.txt"]
+
+
+def test_inputs_that_are_nothing(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "empty").mkdir()
+    for given, message in {
+        "empty": "has no picture or video among its 0 files",
+        "none.png": "is no file or folder, and as a pattern it matches no file",
+        "pictures/*.txt": "has no picture or video among its 1 files",
+    }.items():
+        assert demo(folder, folder / given) == 2
+        error = capsys.readouterr().err
+        assert message in error and given in error and "Traceback" not in error
+    assert not (folder / "out").exists()
+
+
+def test_pictures_of_one_name_are_both_written(folder: Path) -> None:
+    (folder / "more").mkdir()
+    Image.new("RGB", (30, 20)).save(folder / "more" / "a.png")
+    assert demo(folder, folder / "pictures" / "a.png", folder / "more" / "a.png") == 0
+    assert Image.open(folder / "out" / "a.png").size == (64, 40)
+    assert Image.open(folder / "out" / "a_2.png").size == (30, 20)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_a_malicious_checkpoint_is_refused(folder: Path, suffix: str, capsys: pytest.CaptureFixture) -> None:
+    content = {"model": {"a": torch.zeros(2)}, "class_names": [Bomb(folder / "exploded")]}
+    path = folder / f"bomb{suffix}"
+    torch.save(content, path) if suffix == ".pth" else path.write_bytes(pickle.dumps(content))
+    assert demo(folder, folder / "pictures", more=("--weights", str(path))) == 2
+    assert "loaded safely" in capsys.readouterr().err and not (folder / "exploded").exists()
+
+
+def test_a_video_without_opencv(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "clip.mp4").write_bytes(b"")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert demo(folder, folder / "clip.mp4") == 2
+    assert "a video needs OpenCV" in capsys.readouterr().err
+
+
+def test_a_video(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    cv2 = pytest.importorskip("cv2", reason="opencv is not installed")
+    writer = cv2.VideoWriter(str(folder / "clip.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48))
+    for shade in range(5):
+        writer.write(np.full((48, 64, 3), 50 * shade, np.uint8))
+    writer.release()
+    (folder / "broken.avi").write_bytes(b"no video")
+    assert demo(folder, folder / "clip.mp4", folder / "broken.avi", folder / "pictures" / "a.png") == 1
+    assert "broken.avi cannot be read" in capsys.readouterr().err
+    capture = cv2.VideoCapture(str(folder / "out" / "clip.mp4"))
+    frames = 0
+    while capture.read()[0]:
+        frames += 1
+    assert frames == 5 and capture.get(cv2.CAP_PROP_FPS) == 10
+    names = [Path(image["file_name"]).name for image in read(folder, "images.json")["images"]]
+    assert names == ["a.png", *(f"clip.mp4#{i:06d}" for i in range(1, 6))]
+
+
+@pytest.mark.slow
+def test_the_program_itself(folder: Path) -> None:
+    command = [sys.executable, str(ROOT / "demo.py"), "--config-file", str(ROOT / "configs/detr_quickstart.yaml")]
+    command += ["--weights", str(folder / "none.pth"), "--input", str(folder / "pictures")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert ended.returncode == 2
+    assert "there is no checkpoint" in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr

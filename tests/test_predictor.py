@@ -1,0 +1,197 @@
+"""The predictor: every detector, every kind of input, and the same results as an evaluation."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultPredictor
+from detectron2.structures import Instances
+from PIL import Image
+
+from detr_family.checkpoint import DETRCheckpointer, read_class_names
+from detr_family.dataset_mapper import DETRDatasetMapper
+from detr_family.predictor import Predictor
+
+NAMES = ["red", "white", "platelet"]
+
+
+def config(name: str) -> CfgNode:
+    cfg = tiny.cfg_of(name)
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
+    cfg.MODEL.DETR.NUM_CLASSES = -1
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    return cfg
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Any:
+    """Makes a checkpoint of the named tiny detector with class names."""
+
+    def make(name: str, names: list[str] | None = NAMES) -> str:
+        DETRCheckpointer(tiny.build(name), str(tmp_path), class_names=names).save(name)
+        return str(tmp_path / f"{name}.pth")
+
+    return make
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
+def equal(first: Instances, second: Instances, tolerance: float = 0.0) -> None:
+    assert first.image_size == second.image_size
+    for key in ("scores", "pred_classes"):
+        torch.testing.assert_close(getattr(first, key), getattr(second, key), atol=tolerance, rtol=0)
+    torch.testing.assert_close(first.pred_boxes.tensor, second.pred_boxes.tensor, atol=100 * tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", tiny.DETECTORS)
+def test_predicts_what_an_evaluation_does(name: str, weights: Any, picture: Path) -> None:
+    predictor = Predictor.from_config(config(name), weights(name))
+    found = predictor(str(picture))
+    record = {"file_name": str(picture), "height": 50, "width": 80, "image_id": 1}
+    mapped = DETRDatasetMapper(config(name), False)(record)
+    assert tuple(mapped["image"].shape) == (3, 60, 96)
+    with torch.no_grad():
+        (evaluated,) = predictor.model([mapped])
+    assert len(found) == len(evaluated["instances"]) > 0
+    equal(found, evaluated["instances"])
+    assert predictor.class_names == NAMES
+    assert predictor.names(found) == [NAMES[i] for i in found.pred_classes]
+
+
+@pytest.mark.parametrize("input_format", ["RGB", "BGR"])
+def test_paths_and_arrays_of_either_order_are_the_same_picture(input_format: str, weights: Any, picture: Path) -> None:
+    cfg = config("DETR")
+    cfg.INPUT.FORMAT = input_format
+    predictor = Predictor.from_config(cfg, weights("DETR"))
+    rgb = np.asarray(Image.open(picture))
+    expected = predictor(picture)
+    equal(predictor(rgb, array_format="RGB"), expected)
+    equal(predictor(np.ascontiguousarray(rgb[:, :, ::-1])), expected)  # as cv2 reads it
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DETR.NUM_CLASSES = weights("DETR"), 3
+    equal(DefaultPredictor(cfg)(rgb[:, :, ::-1])["instances"], expected)
+    other = predictor(np.ascontiguousarray(rgb[:, :, ::-1]), array_format="RGB")
+    assert not torch.allclose(other.scores, expected.scores)
+
+
+@pytest.mark.parametrize("name", tiny.DETECTORS)
+def test_batches_give_what_single_pictures_give(name: str, weights: Any) -> None:
+    rng = np.random.default_rng(1)
+    sizes = [(48, 96), (64, 64), (96, 48), (80, 80), (32, 64)]
+    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    path = weights(name)
+    alone = [Predictor.from_config(config(name), path)(picture) for picture in pictures]
+    together = Predictor.from_config(config(name), path, batch_size=3)(pictures)
+    assert len(together) == 5
+    for one, other, size in zip(alone, together, sizes, strict=True):
+        assert other.image_size == size
+        equal(one, other, 1e-4)
+
+
+def test_pictures_are_read_as_they_are_needed(weights: Any, picture: Path) -> None:
+    taken = []
+
+    def endless() -> Any:
+        while True:
+            taken.append(1)
+            yield picture
+
+    stream = Predictor.from_config(config("DETR"), weights("DETR"), batch_size=2).stream(endless())
+    prediction = next(stream)
+    assert len(taken) == 2 and prediction.source == picture and prediction.image.shape == (50, 80, 3)
+
+
+def test_a_picture_that_cannot_be_read(weights: Any, picture: Path) -> None:
+    predictor = Predictor.from_config(config("DETR"), weights("DETR"), batch_size=2)
+    broken = picture.with_name("broken.png")
+    broken.write_bytes(picture.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
+        predictor([picture, broken])
+    failed = []
+    pictures = [broken, picture, broken, picture, picture]
+    found = list(predictor.stream(pictures, on_error=lambda source, error: failed.append((source, str(error)))))
+    assert [prediction.source for prediction in found] == [picture] * 3
+    assert [source for source, _ in failed] == [broken] * 2 and "cannot be read" in failed[0][1]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5, 3)), np.zeros((0, 5, 3), np.uint8)],
+)
+def test_arrays_that_are_no_picture(array: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"an array of shape .* is no picture: \(height, width, 3\) of uint8"):
+        Predictor(tiny.build("DETR"))(array)
+
+
+def test_a_model_alone_will_do() -> None:
+    predictor = Predictor(tiny.build("DETR").train(), min_size=64, max_size=96)
+    assert not predictor.model.training
+    instances = predictor(np.zeros((64, 64, 3), np.uint8))
+    assert predictor.names(instances[:1]) == [f"class {int(instances.pred_classes[0])}"]
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        Predictor(tiny.build("DETR"), batch_size=0)
+    with pytest.raises(ValueError, match="array_format is 'GBR'"):
+        predictor(np.zeros((64, 64, 3), np.uint8), array_format="GBR")
+
+
+def test_class_names_of_checkpoints(weights: Any, tmp_path: Path) -> None:
+    assert read_class_names(weights("DETR")) == NAMES
+    assert read_class_names(weights("DETR", None)) is None
+    release = {"backbone.0.body.conv1.weight": torch.zeros(1), "class_embed.bias": torch.zeros(92)}
+    torch.save({"model": release}, tmp_path / "release.pth")
+    names = read_class_names(str(tmp_path / "release.pth"))
+    assert names is not None and (len(names), names[0], names[-1]) == (80, "person", "toothbrush")
+
+
+def test_without_class_names_the_count_must_be_given(weights: Any) -> None:
+    cfg = config("DETR")
+    with pytest.raises(ValueError, match=r"NUM_CLASSES is -1"):
+        Predictor.from_config(cfg, weights("DETR", None))
+    cfg.MODEL.DETR.NUM_CLASSES = 3
+    assert Predictor.from_config(cfg, weights("DETR", None)).class_names is None
+
+
+def test_weights_that_are_missing_or_no_detector(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
+        Predictor.from_config(config("DETR"), tmp_path / "none.pth")
+    cfg = config("DETR")
+    cfg.MODEL.DETR.NUM_CLASSES = 3
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is empty"):
+        Predictor.from_config(cfg)
+    with pytest.raises((FileNotFoundError, ValueError), match=r"none\.yaml"):
+        Predictor.from_config(tmp_path / "none.yaml")
+
+
+class Bomb:
+    """Touches a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("place", ["model", "class_names", "args"])
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_a_malicious_checkpoint_is_refused(suffix: str, place: str, tmp_path: Path) -> None:
+    path = tmp_path / f"bomb{suffix}"
+    bomb = Bomb(tmp_path / "exploded")
+    content: dict[str, Any] = {"model": tiny.build("DETR").state_dict(), "class_names": NAMES}
+    content[place] = {"weight": bomb} if place == "model" else [bomb]
+    torch.save(content, path) if suffix == ".pth" else path.write_bytes(pickle.dumps(content))
+    for use in (read_class_names, lambda weights: Predictor.from_config(config("DETR"), weights)):
+        with pytest.raises(ValueError, match=r"bomb.* is not a checkpoint that can be loaded safely"):
+            use(str(path))
+    assert not (tmp_path / "exploded").exists()
