@@ -26,6 +26,7 @@ LEVELS = [
     ["predictor"],
     ["engine"],
     ["quickstart", "collect_env", "benchmarks", "data_check", "demo"],
+    ["analysis"],
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

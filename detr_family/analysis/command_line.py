@@ -1,0 +1,81 @@
+"""The subcommands of `python -m detr_family.analysis`, and what their command lines have in common."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from detr_family.analysis.style import house_style
+
+# The module of each command has add_arguments(parser), run(args) -> files written, and a docstring that says what it is.
+COMMANDS = ("layers", "attention", "queries", "positional", "matching", "convergence", "ablation")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """--output, which every command has."""
+    parser.add_argument("--output", type=Path, default=Path("output/analysis"), help="folder for figures and numbers")
+
+
+def add_model(parser: argparse.ArgumentParser, one_picture: bool = False) -> None:
+    """What names one detector with its weights and data, and for some commands one picture."""
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="configuration of the detector")
+    parser.add_argument(
+        "--untrained", action="store_true", help="weights as they are initialised from SEED, in place of MODEL.WEIGHTS"
+    )
+    if one_picture:
+        parser.add_argument("--image", default="", metavar="FILE", help="a picture; by default one of DATASETS.TEST")
+        parser.add_argument("--index", type=int, default=-1, help="which picture of DATASETS.TEST, from 0")
+    add_opts(parser)
+
+
+def numbers(text: str) -> list[float]:
+    """For argparse: "1,20" -> [1.0, 20.0]. (A list with blanks would swallow the KEY VALUE pairs behind it.)"""
+    return [float(part) for part in text.split(",")]
+
+
+def whole_numbers(text: str) -> list[int]:
+    """For argparse: "0,1,2" -> [0, 1, 2]."""
+    return [int(part) for part in text.split(",")]
+
+
+def add_opts(parser: argparse.ArgumentParser) -> None:
+    """KEY VALUE pairs, last on the command line."""
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="as on train_net.py's command line")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="python -m detr_family.analysis", description="The papers' tables and figures.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f"detr_family.analysis.{name}")
+        text = str(module.__doc__)
+        sub = commands.add_parser(
+            name,
+            help=text.split("\n")[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Path]:
+    """Run one command and print what it wrote. A mistake of the user's ends with one line and exit status 1."""
+    args = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        with house_style():
+            written: list[Path] = args.run(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{args.command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{args.command}: interrupted")
+    for path in written:
+        print(path)
+    return written
