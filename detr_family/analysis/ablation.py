@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=command_line.whole_numbers, default=[], metavar="N,N", help="in place of the list's: 0,1,2"
     )
-    parser.add_argument("--train-net", type=Path, metavar="FILE", help="train_net.py, where it is not beside the package")
+    parser.add_argument(
+        "--train-net", type=Path, metavar="FILE", help="train_net.py, where it is not beside the package"
+    )
     parser.add_argument("--num-gpus", type=int, default=0, help="of every training, as in train_net.py")
     command_line.add_output(parser)
     command_line.add_opts(parser)
@@ -89,7 +91,9 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
             continue
         axes.barh(place, row["AP"], color=style.COLOURS[5], xerr=row["AP_sd"], capsize=3)
         axes.annotate(f"{row['AP']:.1f}", (row["AP"], place), (4, 6), textcoords="offset points", fontsize=8)
-    published = [(row["published"], place) for place, row in zip(places, rows, strict=True) if row["published"] is not None]
+    published = [
+        (row["published"], place) for place, row in zip(places, rows, strict=True) if row["published"] is not None
+    ]
     if published:
         axes.plot(*zip(*published, strict=True), "D", color=style.COLOURS[1], markersize=5, label="published, on COCO")
         axes.legend(frameon=False, loc="lower right")

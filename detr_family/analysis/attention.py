@@ -27,10 +27,12 @@ from detr_family.analysis.loading import (
     Picture,
     choose_picture,
     detections,
+    encoding_of,
     load_cfg,
     load_detector,
     names_of_classes,
     predict,
+    title_of,
 )
 from detr_family.set_detector import SetDetector
 
@@ -45,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="X,Y",
-        help="where the encoder looks from, as shares of width and height, as often as there are points; by default the "
-        "middles of found objects",
+        help="where the encoder looks from, as shares of width and height; may be repeated; by default the middles of "
+        "found objects",
     )
     parser.add_argument("--layer", type=int, default=-1, help="encoder and decoder layer, from 0; -1 the last")
     parser.add_argument("--score", type=float, default=0.5, help="objects that score at least this are drawn (0.5)")
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     looks, found = looks_of(model, picture, args.layer)
     shown = found.above(args.score, args.objects)
     points = points or [(float(x), float(y)) for x, y, _, _ in shown.boxes_cxcywh[:_MOST_POINTS]] or [(0.5, 0.5)]
-    name, names = type(model).__name__, names_of_classes(cfg)
+    name, names = title_of(model), names_of_classes(cfg)
     if not len(shown) and len(found):
         print(f"nothing scores {args.score} or more, the best {float(found.scores[0]):.2g}: lower --score to see where")
     written = []
@@ -139,7 +141,7 @@ def looks_of(model: SetDetector, picture: Picture, layer: int = -1) -> tuple[Loo
     """
     images = model.preprocess_image([picture.inputs])
     height, width = images.tensor.shape[-2:]
-    with watch(model, f"{ENCODER}|{CROSS}") as calls, watch_outputs(model.position_encoding) as positions:
+    with watch(model, f"{ENCODER}|{CROSS}") as calls, watch_outputs(encoding_of(model)) as positions:
         prediction = predict(model, picture)
     encoder = [call for call in calls if "encoder." in call.name]
     cross = [call for call in calls if "decoder." in call.name]
@@ -166,7 +168,7 @@ def heat_map(looks: Looks, call: DenseCall, query: int) -> np.ndarray:
 
 
 def sampling_points(looks: Looks, call: SamplingCall, query: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A query's sampling points: (n, 2) x and y in pixels of the picture, (n,) weights over heads together, (n,) levels."""
+    """A query's sampling points: (n, 2) x and y in pixels, (n,) weights that sum to one over all heads, (n,) levels."""
     places = call.locations[0, query].float().cpu().numpy()  # M x L x P x 2, in shares of each level
     extent = np.array([[w * across, h * down] for h, w, down, across in looks.grids])  # L x 2
     weights = call.weights[0, query].float().cpu().numpy() / places.shape[0]
@@ -211,7 +213,9 @@ def _lay_over(axes: Axes, looks: Looks, call: DenseCall | SamplingCall, query: i
 def _level_legend(figure: Figure, looks: Looks, call: DenseCall | SamplingCall) -> None:
     if isinstance(call, SamplingCall):
         handles = [
-            Line2D([], [], linestyle="", color="black", marker=style.MARKERS[i % len(style.MARKERS)], label=f"{h} x {w}")
+            Line2D(
+                [], [], linestyle="", color="black", marker=style.MARKERS[i % len(style.MARKERS)], label=f"{h} x {w}"
+            )
             for i, (h, w, _, _) in enumerate(looks.grids)
         ]
         figure.legend(handles=handles, title="feature level", loc="outside lower center", ncols=5, frameon=False)
@@ -232,17 +236,21 @@ def draw_encoder(picture: Picture, looks: Looks, points: Sequence[tuple[float, f
                 style.show_picture(axes, _pale(picture.image), f"from point {i + 1}")
                 _lay_over(axes, looks, looks.encoder, looks.token((x, y)), colour)
             axes.plot(x * width, y * height, "o", color=colour, markeredgecolor="white", markersize=8)
-        grid[0].annotate(f"{i + 1}", (x * width, y * height), (5, 5), textcoords="offset points", color="white",
-                         bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})
+        grid[0].annotate(
+            f"{i + 1}",
+            (x * width, y * height),
+            (5, 5),
+            textcoords="offset points",
+            color="white",
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
+        )
     what = "self-attention" if isinstance(looks.encoder, DenseCall) else "sampling points"
     figure.suptitle(f"{name}, {looks.encoder.name}: {what}, all heads together", fontsize=9)
     _level_legend(figure, looks, looks.encoder)
     return figure
 
 
-def draw_decoder(
-    picture: Picture, looks: Looks, shown: Detections, class_names: Sequence[str], name: str
-) -> Figure:
+def draw_decoder(picture: Picture, looks: Looks, shown: Detections, class_names: Sequence[str], name: str) -> Figure:
     """One picture for each object found, with its box and what its query looks at."""
     height, width = looks.size
     count = max(len(shown), 1)
@@ -259,8 +267,8 @@ def draw_decoder(
         style.show_picture(axes, _pale(picture.image))
         _lay_over(axes, looks, looks.cross, int(shown.queries[i]), colour)
         style.draw_box(axes, boxes[i], colour)
-        axes.set_title(f"{class_names[int(shown.classes[i])]} {float(shown.scores[i]):.2f}, query {int(shown.queries[i])}",
-                       color=colour)
+        found = f"{class_names[int(shown.classes[i])]} {float(shown.scores[i]):.2f}"
+        axes.set_title(f"{found}, query {int(shown.queries[i])}", color=colour)
     if not len(shown):
         grid[0, 0].set_visible(True)
         style.show_picture(grid[0, 0], picture.image, "no object scores enough: see --score")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from detr_family.analysis.style import house_style
 
-# The module of each command has add_arguments(parser), run(args) -> files written, and a docstring that says what it is.
+# The module of each has add_arguments(parser), run(args) -> files written, and a docstring that says what it is.
 COMMANDS = ("layers", "attention", "queries", "positional", "matching", "convergence", "ablation")
 
 

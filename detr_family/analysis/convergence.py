@@ -39,10 +39,14 @@ def write(runs: Sequence[Run], metric: str, folder: Path, stem: str = "convergen
     print(style.table(rows, dict(zip(COLUMNS, headings, strict=True))))
     name = metric.rsplit("/", 1)[-1]
     points = [
-        {"run": r.label, "folder": r.folder, "iteration": i, "epoch": x, "value": y} for r in runs for i, x, y in r.points
+        {"run": r.label, "folder": r.folder, "iteration": i, "epoch": x, "value": y}
+        for r in runs
+        for i, x, y in r.points
     ]
     return [
-        *style.save_figure(draw_curves(runs, f"box {name} on the test set (%)", f"{name} over the training"), folder, stem),
+        *style.save_figure(
+            draw_curves(runs, f"box {name} on the test set (%)", f"{name} over the training"), folder, stem
+        ),
         style.save_csv(points, ("run", "folder", "iteration", "epoch", "value"), folder, f"{stem}_points"),
         style.save_csv(rows, COLUMNS, folder, stem),
     ]

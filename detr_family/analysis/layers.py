@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torchvision.ops import batched_nms
 from tqdm import tqdm
 
 from detr_family.analysis import command_line, style
-from detr_family.analysis.loading import data_set, load_cfg, load_detector, quiet
+from detr_family.analysis.loading import data_set, load_cfg, load_detector, quiet, title_of
 from detr_family.dataset_mapper import DETRDatasetMapper
 from detr_family.evaluation import build_evaluator
 from detr_family.postprocess import to_instances
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     columns = {"layer": "decoder layer", "nms": "NMS", "AP": "AP", "AP50": "AP50", "AP75": "AP75"}
     print(style.table(rows, columns))
     return [
-        *style.save_figure(draw(rows, type(model).__name__), args.output, "layers"),
+        *style.save_figure(draw(rows, title_of(model)), args.output, "layers"),
         style.save_csv(rows, COLUMNS, args.output, "layers"),
     ]
 
@@ -92,8 +93,8 @@ def layer_ap(cfg: CfgNode, model: SetDetector, *, nms_iou: float, limit: int = 0
         with contextlib.redirect_stdout(io.StringIO()), quiet("detectron2", "detr_family"):
             results = (evaluator.evaluate() or {}).get("bbox") or {}
         # Without any detection Detectron2 says nothing; that is an AP of 0.
-        values = {name: float(results[name]) if name in results else 0.0 for name in COLUMNS[2:]}
-        values = {name: x if x == x else None for name, x in values.items()}
+        numbers = {name: float(results.get(name, 0.0)) for name in COLUMNS[2:]}
+        values = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         rows.append({"layer": layer + 1, "nms": "yes" if nms else "no", **values})
     return rows
 

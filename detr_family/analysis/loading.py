@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from detr_family.checkpoint import DETRCheckpointer
@@ -79,6 +79,20 @@ def quiet(*loggers: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
+TITLES = {"ConditionalDETR": "Conditional DETR", "DABDETR": "DAB-DETR", "DNDETR": "DN-DETR"}
+
+
+def title_of(model: SetDetector) -> str:
+    """The detector's name as its paper writes it; the class's own where it is none of the five."""
+    name = type(model).__name__
+    return TITLES.get(name, name)
+
+
+def encoding_of(model: SetDetector) -> nn.Module:
+    """The module that encodes the places of a feature map's tokens."""
+    return model.get_submodule("position_encoding")
+
+
 def names_of_classes(cfg: CfgNode) -> list[str]:
     """Names of the classes; "class 0" and so on where no data set tells them."""
     try:
@@ -102,7 +116,9 @@ def data_set(cfg: CfgNode, limit: int = 0) -> list[dict[str, Any]]:
         raise ValueError("DATASETS.TEST is empty: name the data set to look at")
     name = cfg.DATASETS.TEST[0]
     if name not in DatasetCatalog:
-        raise ValueError(f"data set {name!r} is not registered: name it in DATASETS.COCO_FORMAT or correct DATASETS.TEST")
+        raise ValueError(
+            f"data set {name!r} is not registered: name it in DATASETS.COCO_FORMAT or correct DATASETS.TEST"
+        )
     try:
         records: list[dict[str, Any]] = DatasetCatalog.get(name)
     except FileNotFoundError as error:

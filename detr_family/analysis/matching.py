@@ -18,7 +18,15 @@ from matplotlib.figure import Figure
 
 from detr_family.analysis import command_line, style
 from detr_family.analysis.curves import add_runs, draw_curves, read_runs
-from detr_family.analysis.loading import Picture, choose_picture, load_cfg, load_detector, names_of_classes, predict
+from detr_family.analysis.loading import (
+    Picture,
+    choose_picture,
+    load_cfg,
+    load_detector,
+    names_of_classes,
+    predict,
+    title_of,
+)
 from detr_family.matcher import HungarianMatcher
 from detr_family.set_detector import SetDetector
 from detr_family.structures import SetPrediction, Targets
@@ -52,7 +60,7 @@ def run(args: argparse.Namespace) -> list[Path]:
         picture = choose_picture(cfg, args.image, args.index, need_boxes=True)
         matching = match(model, picture)
         names = names_of_classes(cfg)
-        written += style.save_figure(draw(picture, matching, names, type(model).__name__), args.output, "matching")
+        written += style.save_figure(draw(picture, matching, names, title_of(model)), args.output, "matching")
         written.append(style.save_json(numbers_of(picture, matching, names), args.output, "matching"))
     if args.run_folders:
         runs = read_runs(args.run_folders, KEY, args.iterations_per_epoch)
@@ -131,7 +139,7 @@ def draw(picture: Picture, matching: Matching, class_names: list[str], name: str
     columns, count = shown_queries(matching), min(len(matching.query), _MOST_BOXES)
     rows = [f"{i}: {class_names[matching.labels[i]]}" for i in range(count)]
     figure = style.new_figure(11.0, 5.6)
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.75])
+    left, right = np.ravel(np.asarray(figure.subfigures(1, 2, width_ratios=[1, 1.75])))
     axes = left.subplots()
     style.show_picture(axes, picture.image, f"{picture.name}: truth (full) and assigned boxes (dashed)")
     truth, predicted = picture.truth_xyxy, picture.in_pixels(matching.prediction.boxes[0])
@@ -142,7 +150,9 @@ def draw(picture: Picture, matching: Matching, class_names: list[str], name: str
             box = predicted[matching.query[i]]
             style.draw_box(axes, box, colour, "--", 1.4)
             middle, other = (truth[i][:2] + truth[i][2:]) / 2, (box[:2] + box[2:]) / 2
-            axes.plot([middle[0], other[0]], [middle[1], other[1]], color=colour, linewidth=1.2, marker=".", clip_on=True)
+            axes.plot(
+                [middle[0], other[0]], [middle[1], other[1]], color=colour, linewidth=1.2, marker=".", clip_on=True
+            )
         style.label_box(axes, truth[i], f"{i}: {class_names[matching.labels[i]]}", colour)
     hidden = len(matching.query) - count
     axes.set_xlabel(f"{hidden} more boxes are not drawn" if hidden else "")
@@ -155,7 +165,9 @@ def draw(picture: Picture, matching: Matching, class_names: list[str], name: str
         for i in range(count):
             place = np.flatnonzero(columns == matching.query[i])
             if len(place):
-                axes.plot(place[0], i, "o", markerfacecolor="none", markeredgecolor="white", markersize=9, markeredgewidth=3)
+                axes.plot(
+                    place[0], i, "o", markerfacecolor="none", markeredgecolor="white", markersize=9, markeredgewidth=3
+                )
                 axes.plot(place[0], i, "o", markerfacecolor="none", markeredgecolor=style.COLOURS[1], markersize=9)
     grid[-1].set_xticks(range(len(columns)), [str(q) for q in columns], fontsize=7, rotation=90)
     total = matching.prediction.logits.shape[1]

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from detr_family.analysis import command_line, style
 from detr_family.analysis.attention_weights import CROSS, DenseCall, SamplingCall, watch, watch_outputs
-from detr_family.analysis.loading import Picture, choose_picture, load_cfg, load_detector, predict
+from detr_family.analysis.loading import (
+    Picture,
+    choose_picture,
+    encoding_of,
+    load_cfg,
+    load_detector,
+    predict,
+    title_of,
+)
 from detr_family.detr import DETR
 from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
 from detr_family.set_detector import SetDetector
@@ -79,7 +87,7 @@ def run(args: argparse.Namespace) -> list[Path]:
             cfg = load_cfg(config, [*args.opts, *([] if untrained else ["MODEL.WEIGHTS", weights])])
             model = load_detector(cfg, untrained)
             picture = choose_picture(cfg, args.image, args.index)
-            title = type(model).__name__ + (f" ({UNTRAINED})" if untrained else "")
+            title = title_of(model) + (f" ({UNTRAINED})" if untrained else "")
             maps.append((title, model_maps(model, picture, args.layer)))
         chosen = similar_queries([m for _, m in maps], args.queries)
         written += style.save_figure(draw_models(maps, chosen), args.output, "positional_models")
@@ -105,8 +113,8 @@ def analytic_map(
     Args:
         centre: x, y of the query in [0, 1].
         temperature: of both encodings.
-        size: width and height of the anchor; the x part is scaled by reference / width, the y part by reference / height
-            (equation 6, where the network predicts the reference). None: no modulation.
+        size: width and height of the anchor; the x part is scaled by reference / width, the y part by reference
+            / height (equation 6, where the network predicts the reference). None: no modulation.
         reference: see `size`.
         grid: cells along each side.
         dim: D, half of it for x and half for y.
@@ -142,8 +150,8 @@ def model_maps(model: SetDetector, picture: Picture, layer: int = -1) -> np.ndar
     Raises:
         ValueError: no such layer, or a detector without positions in its cross-attention.
     """
-    name = type(model).__name__
-    with watch(model, CROSS) as calls, watch_outputs(model.position_encoding) as positions:
+    name = title_of(model)
+    with watch(model, CROSS) as calls, watch_outputs(encoding_of(model)) as positions:
         predict(model, picture)
     if not -len(calls) <= layer < len(calls):
         raise ValueError(f"--layer {layer}: the decoder of {name} has layers 0 to {len(calls) - 1}")
@@ -193,11 +201,22 @@ def similar_queries(maps: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
         if np.isfinite(distance).any():
             places.append(int(distance.argmin()))
     targets = first[places]
-    return [np.linalg.norm(centres(m)[:, None] - targets, axis=2).argmin(0) for m in maps]
+    chosen = []
+    for values in maps:
+        distance = np.linalg.norm(centres(values)[:, None] - targets, axis=2)  # Q x targets
+        queries: list[int] = []
+        for column in distance.T:  # each query once, as long as there are enough
+            free = column.copy()
+            if len(queries) < len(free):
+                free[queries] = np.inf
+            queries.append(int(free.argmin()))
+        chosen.append(np.array(queries))
+    return chosen
 
 
-def _map(axes: Axes, values: np.ndarray, title: str, top: float | None = None) -> None:
-    axes.imshow(values, extent=(0, 1, 1, 0), cmap=style.HEAT, vmin=0, vmax=values.max() if top is None else top)
+def _map(axes: Axes, values: np.ndarray, title: str) -> None:
+    height, width = values.shape
+    axes.imshow(values, extent=(0, width / height, 1, 0), cmap=style.HEAT, vmin=0, vmax=values.max())
     axes.set_title(title, fontsize=8.5)
     style.bare(axes)
 
@@ -212,7 +231,9 @@ def draw_temperatures(maps: dict[float, np.ndarray]) -> Figure:
         axes.set_visible(False)
     for axes, (temperature, values) in zip(grid.flat, maps.items(), strict=False):
         _map(axes, values, f"T = {temperature:g}, peak {values.max() * values.size:.1f} x even")
-    figure.suptitle("Positional attention of a query in the middle, by temperature T (each to its own scale)", fontsize=9)
+    figure.suptitle(
+        "Positional attention of a query in the middle, by temperature T (bright: own peak, dark: none)", fontsize=9
+    )
     return figure
 
 
@@ -224,8 +245,9 @@ def draw_sizes(maps: dict[tuple[float, float], np.ndarray]) -> Figure:
         _map(axes, values, f"w = {width:g}, h = {height:g}")
         box = (0.5 - width / 2, 0.5 - height / 2, 0.5 + width / 2, 0.5 + height / 2)
         style.draw_box(axes, box, style.COLOURS[1])
-    figure.suptitle("Positional attention modulated by the anchor's width and height (T = 20, each to its own scale)",
-                    fontsize=9)
+    figure.suptitle(
+        "Positional attention modulated by the anchor's width and height (T = 20, each to its own scale)", fontsize=9
+    )
     return figure
 
 
@@ -238,5 +260,5 @@ def draw_models(maps: Sequence[tuple[str, np.ndarray]], chosen: Sequence[np.ndar
         for axes, query in zip(row, queries, strict=True):
             _map(axes, found[query], f"query {query}")
         row[0].set_ylabel(name)
-    figure.suptitle("Positional attention of the decoder's queries (each to its own scale)", fontsize=9)
+    figure.suptitle("Positional attention of the decoder's queries (bright: its own peak, dark: none)", fontsize=9)
     return figure

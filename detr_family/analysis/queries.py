@@ -21,10 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detr_family.analysis import command_line, style
-from detr_family.analysis.loading import data_set, load_cfg, load_detector, map_picture, predict
+from detr_family.analysis.loading import data_set, load_cfg, load_detector, map_picture, predict, title_of
 from detr_family.conditional_detr import ConditionalDETR
 from detr_family.dab_detr import DABDETR
 from detr_family.dataset_mapper import DETRDatasetMapper
+from detr_family.dn_detr import DNDETR
 from detr_family.set_detector import SetDetector
 
 SHAPES = {"small": style.COLOURS[2], "large, wide": style.COLOURS[1], "large, tall": style.COLOURS[0]}
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     boxes, scores, aspect = slot_boxes(cfg, model, limit=args.limit)
     slots = np.argsort(-scores.mean(0), kind="stable")[: max(args.slots, 1)]
     shapes = shape_of(boxes, aspect[:, None], args.small)
-    name = type(model).__name__
+    name = title_of(model)
     rows = [
         {
             "slot": slot,
@@ -114,7 +115,7 @@ def learned_places(model: SetDetector) -> Tensor | None:
     if isinstance(model, ConditionalDETR):
         places: Tensor = model.transformer.decoder.ref_point_head(model.query_embed.weight).sigmoid()
         return places.cpu()
-    if isinstance(model, DABDETR):
+    if isinstance(model, (DABDETR, DNDETR)):
         return model.anchors().sigmoid().cpu()
     return None
 
@@ -134,11 +135,10 @@ def draw(boxes: np.ndarray, shapes: np.ndarray, slots: np.ndarray, name: str) ->
         axes.set_title(f"slot {slot}", fontsize=8)
     for axes in grid.flat[len(slots) :]:
         axes.set_visible(False)
-    figure.suptitle(f"{name}: centres of the boxes of {len(slots)} query slots over {len(boxes)} pictures", fontsize=9.5)
-    figure.supxlabel("x / width of the picture", fontsize=8.5)
-    figure.supylabel("y / height of the picture", fontsize=8.5)
+    figure.suptitle(f"{name}: centres of the boxes of {len(slots)} slots over {len(boxes)} pictures", fontsize=9.5)
+    legend = "each square is the picture, x to the right and y downwards, whatever its shape"
     handles = [Line2D([], [], marker="o", linestyle="", color=c, label=s) for s, c in SHAPES.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, title=legend)
     return figure
 
 

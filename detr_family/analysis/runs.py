@@ -124,7 +124,7 @@ def slug(name: str) -> str:
 
 
 def data_opts(spec: Spec, folder: Path) -> tuple[str, ...]:
-    """The data set of the list as KEY VALUE pairs; generated pictures are drawn into `folder`/data where they are missing."""
+    """The data set of the list as KEY VALUE pairs; generated pictures go into `folder`/data unless they are there."""
     if spec.shapes is None:
         return ()
     arguments = {"seed": 0, "size": (96, 112), **spec.shapes}

@@ -36,7 +36,10 @@ class Work:
         path = self.folder / f"{name}.yaml"
         if not path.is_file():
             cfg = tiny.cfg_of(name)
-            entries = [[f"shapes_{s}", str(self.folder / f"data/{s}.json"), str(self.folder / f"data/{s}")] for s in ("train", "val")]
+            entries = [
+                [f"shapes_{s}", str(self.folder / f"data/{s}.json"), str(self.folder / f"data/{s}")]
+                for s in ("train", "val")
+            ]
             cfg.DATASETS.COCO_FORMAT = entries
             cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("shapes_train",), ("shapes_val",)
             cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 100

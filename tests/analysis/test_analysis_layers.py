@@ -71,11 +71,11 @@ def test_loading_mistakes(work: Any) -> None:
     config = work.config("DETR")
     with pytest.raises(SystemExit, match=r"there is no configuration 'none\.yaml'"):
         main(["layers", "--config-file", "none.yaml"])
-    with pytest.raises(SystemExit, match="MODEL.WEIGHTS is empty"):
+    with pytest.raises(SystemExit, match=r"MODEL\.WEIGHTS is empty"):
         main(["layers", "--config-file", config])
-    with pytest.raises(SystemExit, match="DATASETS.TEST is empty"):
+    with pytest.raises(SystemExit, match=r"DATASETS\.TEST is empty"):
         work.call("layers", "DETR", opts=("DATASETS.TEST", "()"))
-    with pytest.raises(SystemExit, match="similar: MODEL.DETR.NUM_QUERIES"):
+    with pytest.raises(SystemExit, match=r"similar: MODEL\.DETR\.NUM_QUERIES"):
         main(["layers", "--config-file", config, "MODEL.DETR.NUM_QUERYS", "3"])
 
 

@@ -63,7 +63,7 @@ def test_models_side_by_side(work: Any) -> None:
     models = [part for name in DENSE for part in ("--model", work.config(name), work.weights(name))]
     written = main(["positional", *models, "--queries", "3", "--output", str(work.output)])
     data = json.loads(written[-1].read_text())
-    assert [x["detector"] for x in data] == DENSE
+    assert [x["detector"] for x in data] == [loading.TITLES.get(name, name) for name in DENSE]
     assert all(len(x["queries"]) == 3 and np.sum(x["maps"]) == pytest.approx(3, abs=0.01) for x in data)
 
 
@@ -94,5 +94,5 @@ def test_mistakes(work: Any) -> None:
     model = ["--model", work.config("DETR"), "untrained", "--output", str(work.output)]
     with pytest.raises(SystemExit, match="--layer 5: the decoder of DETR has layers 0 to 1"):
         main(["positional", *model, "--layer", "5"])
-    with pytest.raises(SystemExit, match="needs MODEL.DETR.SPATIAL_ENCODING.DECODER"):
+    with pytest.raises(SystemExit, match=r"needs MODEL\.DETR\.SPATIAL_ENCODING\.DECODER"):
         main(["positional", *model, "MODEL.DETR.SPATIAL_ENCODING.DECODER", "none"])

@@ -36,5 +36,7 @@ def test_slots_that_score_best_are_drawn(work: Any) -> None:
     cfg = loading.load_cfg(work.config("DABDETR"))
     _, scores, aspect = queries.slot_boxes(cfg, loading.load_detector(cfg, untrained=True), limit=2)
     assert scores.shape == (2, 7) and aspect.shape == (2,)
-    rows = list(csv.DictReader(work.call("queries", "DABDETR", "--slots", "1", "--untrained", "--limit", "2")[2].open()))
+    rows = list(
+        csv.DictReader(work.call("queries", "DABDETR", "--slots", "1", "--untrained", "--limit", "2")[2].open())
+    )
     assert {int(r["slot"]) for r in rows} == {int(scores.mean(0).argmax())}
