@@ -128,6 +128,9 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Training pictures on which the instability of matching is measured after every epoch, evenly spaced; 0: not at
     # all (DN-DETR, section 3.2).
     cfg.TEST.INSTABILITY_IMAGES = 0
+    # Pictures that go through the model together in an evaluation, on each process. Padding is masked, but a
+    # convolution sees it: with more than 1 the last digits depend on what a picture is batched with.
+    cfg.TEST.IMS_PER_BATCH = 1
     # What a loss or gradient that is not finite does: "stop" the run, or "skip" the step. Either way the
     # batch is saved and its pictures are named in the log; the weights stay as they were.
     cfg.SOLVER.NONFINITE = "stop"

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
+from torch.utils.data import DataLoader
 
 from detr_family.datasets.pictures import check_depth, unreadable
 
@@ -97,3 +98,30 @@ class DETRDatasetMapper(DatasetMapper):
         except Exception as error:  # whatever a damaged file makes the decoder raise
             raise unreadable(path, error, _REMEDY) from error
         return mapped
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
+    """Batches of a test set, each picture on one process once.
+
+    Args:
+        cfg: reads INPUT.*, TEST.IMS_PER_BATCH (pictures together, on each process) and DATALOADER.NUM_WORKERS.
+        dataset_name: a registered name.
+
+    Raises:
+        ValueError: TEST.IMS_PER_BATCH is below 1.
+    """
+    count = cfg.TEST.IMS_PER_BATCH
+    if count < 1:
+        raise ValueError(f"TEST.IMS_PER_BATCH is {count}; it must be at least 1")
+    loader: DataLoader = build_detection_test_loader(cfg, dataset_name, mapper=DETRDatasetMapper(cfg, False))
+    if count == 1:
+        return loader
+    # Detectron2 0.6 has no argument for this.
+    batches: Any = loader.batch_sampler
+    return DataLoader(
+        loader.dataset,
+        batch_size=count,
+        sampler=batches.sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+    )

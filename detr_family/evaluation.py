@@ -7,6 +7,7 @@ with annotations numbered anew. Image and category ids stay the file's own in al
 """
 
 import json
+import math
 import os
 import tempfile
 from typing import Any
@@ -24,18 +25,18 @@ def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> D
     Args:
         cfg: the whole config.
         name: a registered data set's name.
-        output_dir: where coco_instances_results.json goes; by default OUTPUT_DIR/inference.
+        output_dir: where coco_instances_results.json goes; by default `inference_folder`.
 
     Raises:
         ValueError: no evaluator for this kind of data set, or its annotation file is at fault.
     """
-    output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
+    output_dir = output_dir or inference_folder(cfg, name)
     metadata = MetadataCatalog.get(name)
     if isinstance(metadata, CocoFormatMetadata):
         return CocoFormatEvaluator(name, output_dir)
     kind = metadata.get("evaluator_type")
     if kind in (None, "coco", "coco_panoptic_seg"):
-        return COCOEvaluator(name, tasks=("bbox",), output_dir=output_dir)
+        return BoxEvaluator(name, tasks=("bbox",), output_dir=output_dir)
     if kind == "lvis":
         return LVISEvaluator(name, tasks=("bbox",), output_dir=output_dir)
     if kind == "pascal_voc":
@@ -43,8 +44,24 @@ def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> D
     raise ValueError(f"DATASETS.TEST has {name!r} of evaluator type {kind!r}, for which there is no box evaluation.")
 
 
-class CocoFormatEvaluator(COCOEvaluator):
-    """COCOEvaluator on a data set registered by register_coco_format.
+def inference_folder(cfg: CfgNode, name: str) -> str:
+    """Where the results on a data set go: OUTPUT_DIR/inference; of several sets, each into a folder below it."""
+    folder: str = os.path.join(cfg.OUTPUT_DIR, "inference")
+    return os.path.join(folder, name) if len(cfg.DATASETS.TEST) > 1 else folder
+
+
+class BoxEvaluator(COCOEvaluator):
+    """Detectron2's COCOEvaluator that also returns the recall that COCO's tools print: AR1, AR10, AR100 and by size."""
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: Any = None) -> dict[str, float]:
+        results: dict[str, float] = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        values = [math.nan] * 6 if coco_eval is None else [float(100 * x) for x in coco_eval.stats[6:12]]
+        recalls = zip(("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"), values, strict=True)
+        return {**results, **{key: math.nan if value < 0 else value for key, value in recalls}}
+
+
+class CocoFormatEvaluator(BoxEvaluator):
+    """BoxEvaluator on a data set registered by register_coco_format.
 
     Without annotations in its file only the predictions are written.
     """

@@ -178,6 +178,10 @@ def log_findings(cfg: CfgNode, parts: list[DatasetPart]) -> None:
                 tests.append(read_part(name, training=False))
             except ValueError:
                 continue  # told by check_class_names
+            try:
+                check_pictures(tests[-1].records, MetadataCatalog.get(name).image_root)
+            except ValueError as error:
+                _logger.warning("Evaluation on %r will fail: %s", name, error)
     for finding in annotation_findings([*parts, *tests], cfg.MODEL.DETR.NUM_QUERIES):
         if finding.level != "note" and finding.kind != "bad_boxes":  # those are logged where they are read
             _logger.warning("%s", finding)

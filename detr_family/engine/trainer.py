@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -17,7 +16,7 @@ from torch.optim import Optimizer
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import check_class_count, class_names
-from detr_family.dataset_mapper import DETRDatasetMapper
+from detr_family.dataset_mapper import DETRDatasetMapper, build_test_loader
 from detr_family.datasets.coco import training_dicts
 from detr_family.engine.instability import build_instability_hook
 from detr_family.engine.optimizer import build_optimizer, clips_full_model
@@ -102,12 +101,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Pictures of a test set, one at a time."""
-        return build_detection_test_loader(cfg, dataset_name, mapper=DETRDatasetMapper(cfg, False))
+        """Pictures of a test set, TEST.IMS_PER_BATCH at a time."""
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """The COCO evaluator, writing to OUTPUT_DIR/inference."""
-        return build_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+        """The COCO evaluator, writing to OUTPUT_DIR/inference; see `detr_family.evaluation.inference_folder`."""
+        return build_evaluator(cfg, dataset_name)
 
 
