@@ -76,7 +76,7 @@ def fade(colour: str) -> LinearSegmentedColormap:
     return LinearSegmentedColormap.from_list("fade", [(*rgb, 0.0), (*rgb, 0.85)])
 
 
-def draw_box(axes: Axes, xyxy: Sequence[float], colour: str, style: Any = "-", width: float = 1.8) -> None:
+def draw_box(axes: Axes, xyxy: Sequence[float] | np.ndarray, colour: str, style: Any = "-", width: float = 1.8) -> None:
     """The outline of a box in the axes' units, with a white rim that stands out on any ground."""
     x1, y1, x2, y2 = xyxy
     for edge, line, thick in (("white", "-", width + 1.6), (colour, style, width)):
@@ -85,7 +85,7 @@ def draw_box(axes: Axes, xyxy: Sequence[float], colour: str, style: Any = "-", w
         )
 
 
-def label_box(axes: Axes, xyxy: Sequence[float], text: str, colour: str, size: float = 7.0) -> None:
+def label_box(axes: Axes, xyxy: Sequence[float] | np.ndarray, text: str, colour: str, size: float = 7.0) -> None:
     """A small label at a box's upper left corner, kept inside of the axes' limits."""
     left, right = sorted(axes.get_xlim())
     top, bottom = sorted(axes.get_ylim())
