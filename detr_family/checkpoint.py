@@ -11,20 +11,26 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Sequence
-from typing import Any
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathHandler, PathManager
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
+_logger = logging.getLogger(__name__)
+
 COCO_IDS = [c["id"] for c in COCO_CATEGORIES if c["isthing"]]  # of the contiguous classes 0..79
+COCO_NAMES = [c["name"] for c in COCO_CATEGORIES if c["isthing"]]
 
 # What stands in for a class in some tensor's first dimension.
-_CLASS_ROWS = re.compile(r"(^|\.)(class_embed|label_enc)\.")
+_CLASS_ROWS = re.compile(r"(^|\.)(class_embed|enc_out_class_embed|label_enc)\.")
 
 _RELEASE_BACKBONE = "backbone.0.body."
 _RESNET_NAMES = (
@@ -94,9 +100,14 @@ class DETRCheckpointer(DetectionCheckpointer):
         save_dir: where `save` writes.
         strict: a detector's checkpoint must fill the model exactly; with False what differs is only logged.
         whole: only a detector's checkpoint will do, as for evaluation; a backbone's or none is refused.
+        averaged: load the averaged weights (SOLVER.EMA) of a checkpoint in place of the plain ones.
+        match_classes: of a checkpoint with other classes, keep the rows of those with the same names.
         class_names: names of the model's classes, kept in every checkpoint under `class_names`.
         save_to_disk: as in Detectron2.
         checkpointables: what else is saved and resumed.
+
+    Attributes:
+        resumed: whether the last `resume_or_load` resumed.
     """
 
     def __init__(
@@ -106,6 +117,8 @@ class DETRCheckpointer(DetectionCheckpointer):
         *,
         strict: bool = True,
         whole: bool = False,
+        averaged: bool = False,
+        match_classes: bool = False,
         class_names: Sequence[str] | None = None,
         save_to_disk: bool | None = None,
         **checkpointables: Any,
@@ -113,13 +126,91 @@ class DETRCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.strict = strict
         self.whole = whole
+        self.averaged = averaged
+        self.match_classes = match_classes
         self.class_names = class_names
+        self.resumed = False
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save the model, the checkpointables and the class names to `save_dir/name.pth`."""
+        """Save the model, the checkpointables and the class names to `save_dir/name.pth`.
+
+        A file of that name is there whole or not at all, whenever the process or the machine stops.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
         if self.class_names is not None:
             kwargs.setdefault("class_names", list(self.class_names))
-        super().save(name, **kwargs)
+        if "://" in self.save_dir:
+            super().save(name, **kwargs)
+            return
+        data = {"model": self.model.state_dict()}
+        data.update((key, x.state_dict()) for key, x in self.checkpointables.items())
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        _logger.info("Saving checkpoint to %s", path)
+        with _replacing(path) as file:
+            torch.save(data, file)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Note the newest checkpoint's name in `save_dir/last_checkpoint`."""
+        if "://" in self.save_dir:
+            super().tag_last_checkpoint(last_filename_basename)
+            return
+        with _replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
+            file.write(last_filename_basename.encode())
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Go on from the newest whole checkpoint in `save_dir`, or load weights alone.
+
+        A checkpoint that is damaged is passed over for the one before it, with a line in the log.
+
+        Args:
+            path: what to load where there is nothing to resume from, or `resume` is False.
+            resume: load weights and checkpointables of a checkpoint in `save_dir`, if one was ever written there.
+
+        Raises:
+            ValueError: all checkpoints there are damaged, or not all processes can read the same one; else as `load`.
+        """
+        self.resumed = False
+        if not resume:
+            return self.load(path, checkpointables=[])
+        found, error = self._newest_whole() if comm.is_main_process() else ("", "")
+        found, error = comm.all_gather((found, error))[0]  # the main process decides for all
+        if error:
+            raise ValueError(error)
+        if not found:
+            return self.load(path, checkpointables=[])
+        readers = comm.all_gather(os.path.isfile(found) or "://" in found)
+        if not all(readers):
+            raise ValueError(
+                f"{found} cannot be read by processes {[i for i, can in enumerate(readers) if not can]}: to resume, "
+                "OUTPUT_DIR must be a folder that all machines share"
+            )
+        extra = self.load(found)
+        self.resumed = True
+        return extra
+
+    def _newest_whole(self) -> tuple[str, str]:
+        """The path of the checkpoint to resume from, "" if there is none, and what is wrong."""
+        if not self.has_checkpoint():
+            return "", ""
+        last = self.get_checkpoint_file()
+        if "://" in self.save_dir:
+            return last, ""
+        names = os.listdir(self.save_dir)
+        for name in names:
+            if name.endswith(_UNFINISHED):
+                os.remove(os.path.join(self.save_dir, name))
+        written = [os.path.join(self.save_dir, n) for n in names if re.fullmatch(r"model_(\d+|final)\.pth", n)]
+        written.sort(key=lambda x: (os.path.getmtime(x), x), reverse=True)
+        for path in [last, *(x for x in written if x != last)]:
+            if _is_whole(path):
+                return path, ""
+            _logger.warning("%s is missing or damaged: the checkpoint before it is tried", path)
+        return "", (
+            f"no checkpoint in {self.save_dir} is whole: leave out --resume to start anew"
+        )
 
     def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint; what was stored beside weights and checkpointables is returned.
@@ -170,10 +261,19 @@ class DETRCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if self.averaged:
+            if not isinstance(checkpoint.get("ema"), dict):
+                raise ValueError(
+                    f"{self._path} has no averaged weights, as it was trained without SOLVER.EMA.ENABLED: "
+                    "set TEST.EMA False"
+                )
+            checkpoint["model"] = checkpoint["ema"]["model"]
         state = {re.sub(r"^module\.", "", k): v for k, v in checkpoint["model"].items()}
         backbone_only = bool(checkpoint.get("matching_heuristics"))
         if any(name.startswith("backbone.0.") for name in state):
-            state = convert_released(state, getattr(self.model, "num_classes", -1))
+            checkpoint["class_names"] = _class_names(checkpoint)
+            by_name = self.match_classes and checkpoint["class_names"] == COCO_NAMES
+            state = convert_released(state, len(COCO_IDS) if by_name else getattr(self.model, "num_classes", -1))
         elif "layer1.0.conv1.weight" in state:  # torchvision's ResNet
             backbone_only = True
             state = {
@@ -186,6 +286,8 @@ class DETRCheckpointer(DetectionCheckpointer):
             state = convert_swin(state)
             self._check_swin(state)
         state = {k: v for k, v in state.items() if not _SWIN_INDICES.search(k)}  # Detectron2 keeps them
+        if self.match_classes and not backbone_only:
+            self._match_rows(state, checkpoint.get("class_names"))
         checkpoint["model"] = state
         if not backbone_only:
             self._check(checkpoint)
@@ -197,6 +299,33 @@ class DETRCheckpointer(DetectionCheckpointer):
         if {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
             raise ValueError(f"no weight in {self._path} belongs to this model: correct MODEL.WEIGHTS")
         return incompatible
+
+    def _match_rows(self, state: dict[str, Tensor], theirs: Sequence[str] | None) -> None:
+        """Arrange the rows of classes in `state`, in place, as this model has them, by the classes' names."""
+        ours = self.class_names
+        if not theirs or not ours:
+            nameless = "DATASETS.TRAIN" if theirs else self._path
+            raise ValueError(f"MODEL.DETR.CLASS_ROWS is 'match', but {nameless} does not name its classes")
+        if list(theirs) == list(ours):
+            return
+        places = {_plain_name(name): i for i, name in reversed(list(enumerate(theirs)))}
+        kept = [(i, places[_plain_name(name)]) for i, name in enumerate(ours) if _plain_name(name) in places]
+        model = self.model.state_dict()
+        for name in [name for name in state if _CLASS_ROWS.search(name) and name in model]:
+            rows, old = model[name].detach().cpu().clone(), torch.as_tensor(state[name])
+            extra = len(rows) - len(ours)  # no-object, or the unknown label of denoising: the last row
+            if extra not in (0, 1) or len(old) - len(theirs) != extra or old.shape[1:] != rows.shape[1:]:
+                continue  # told with everything else that does not fit
+            for i, j in kept:
+                rows[i] = old[j]
+            if extra:
+                rows[-1] = old[-1]
+            state[name] = rows
+        new = [name for i, name in enumerate(ours) if i not in dict(kept)]
+        _logger.info(
+            "Classes of %s: %d rows are kept (%s), %d start as in a new model (%s)",
+            self._path, len(kept), ", ".join(ours[i] for i, _ in kept) or "none", len(new), ", ".join(new) or "none",
+        )  # fmt: skip
 
     def _check_swin(self, state: dict[str, Tensor]) -> None:
         """Refuse an ImageNet Swin of another size or window: Detectron2 would leave out what does not fit."""
@@ -231,6 +360,13 @@ class DETRCheckpointer(DetectionCheckpointer):
         missing = [name for name in model if name not in state]
         unexpected = [name for name in state if name not in model]
         if not (shapes or missing or unexpected):
+            theirs = checkpoint.get("class_names")
+            if theirs and self.class_names and not self.match_classes and list(theirs) != list(self.class_names):
+                _logger.warning(
+                    "%s has classes %s, this data set has as many of other names: their rows are kept in order. "
+                    "MODEL.DETR.CLASS_ROWS match goes by the names",
+                    self._path, ", ".join(theirs),
+                )  # fmt: skip
             return
         log = logging.getLogger(__name__)
         log.warning(
@@ -250,7 +386,8 @@ class DETRCheckpointer(DetectionCheckpointer):
                 f"and {here} here"
                 + (f", its classes are {', '.join(names)}" if names else "")
                 + f". Set MODEL.DETR.NUM_CLASSES (now {getattr(self.model, 'num_classes', '?')}) or DATASETS.TRAIN "
-                "to what the checkpoint was trained with"
+                "to what the checkpoint was trained with, or to fine-tune it to other classes set "
+                "MODEL.DETR.CLASS_ROWS match"
             )
         else:
             parts = [
@@ -292,16 +429,55 @@ def read_class_names(path: str) -> list[str] | None:
     """
     reader = _Reader(nn.Module())
     reader.load(path)
-    checkpoint = reader.checkpoint
+    return _class_names(reader.checkpoint)
+
+
+def _class_names(checkpoint: dict[str, Any]) -> list[str] | None:
     names = checkpoint.get("class_names")
     if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
         return list(names)
     released = any(name.startswith("backbone.0.") for name in checkpoint["model"])
     heads = [name for name in checkpoint["model"] if name.endswith("bias") and _CLASS_ROWS.search(name)]
     rows = {len(checkpoint["model"][name]) for name in heads}
-    if released and rows and rows <= {91, 92}:
-        return [category["name"] for category in COCO_CATEGORIES if category["isthing"]]
-    return None
+    return list(COCO_NAMES) if released and rows and rows <= {91, 92} else None
+
+
+def _plain_name(name: str) -> str:
+    """A class's name for comparison: case, spaces, hyphens and underscores aside."""
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+_UNFINISHED = ".unfinished"
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` once it is wholly on the disk, and not before."""
+    unfinished = path + _UNFINISHED
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+        raise
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name too
+    finally:
+        os.close(folder)
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a file written by torch.save is there and all its checksums are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _listing(what: str, names: Sequence[str], most: int = 5) -> str:

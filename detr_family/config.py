@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -69,6 +70,9 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     _C.FOCAL_ALPHA = 0.25
     _C.FOCAL_GAMMA = 2.0
 
+    # What becomes of MODEL.WEIGHTS of a detector with other classes: "exact" refuses them; "match" keeps the rows of
+    # the classes whose names are the same and lets the others start as in a new model.
+    _C.CLASS_ROWS = "exact"
     # Keep only what goes into each layer and compute the rest again in the backward pass: less memory, about a
     # third more time, the same gradients.
     _C.CHECKPOINT = CfgNode()
@@ -131,6 +135,19 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Pictures that go through the model together in an evaluation, on each process. Padding is masked, but a
     # convolution sees it: with more than 1 the last digits depend on what a picture is batched with.
     cfg.TEST.IMS_PER_BATCH = 1
+    # Parts that each process computes its share of SOLVER.IMS_PER_BATCH in, one after the other, for one step of the
+    # optimizer: the recipe's batch on fewer or smaller GPUs. Losses and gradients are those of the whole batch.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # What SOLVER.AMP.ENABLED computes in: "float16", with a scaled loss, or "bfloat16". Boxes, matching and losses
+    # are float32 either way.
+    cfg.SOLVER.AMP.PRECISION = "float16"
+    # An exponential moving average of the weights, evaluated and saved beside them. The published figures have none.
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.ENABLED = False
+    # Share of the average that each step leaves; the average is over about 1 / (1 - DECAY) steps.
+    cfg.SOLVER.EMA.DECAY = 0.9997
+    # Evaluate (--eval-only) the averaged weights in the checkpoint MODEL.WEIGHTS, not the plain ones.
+    cfg.TEST.EMA = False
     # What a loss or gradient that is not finite does: "stop" the run, or "skip" the step. Either way the
     # batch is saved and its pictures are named in the log; the weights stay as they were.
     cfg.SOLVER.NONFINITE = "stop"
@@ -263,3 +280,40 @@ def check_class_count(cfg: CfgNode) -> None:
             f"MODEL.DETR.NUM_CLASSES is {count}, but {(cfg.DATASETS.TRAIN or cfg.DATASETS.TEST)[0]} has "
             f"{len(names)} classes ({listing}): set it to {len(names)}, or to -1"
         )
+
+
+def matches_classes(cfg: CfgNode) -> bool:
+    """Whether MODEL.DETR.CLASS_ROWS is "match".
+
+    Raises:
+        ValueError: it is neither that nor "exact".
+    """
+    if cfg.MODEL.DETR.CLASS_ROWS not in ("exact", "match"):
+        raise ValueError(f"MODEL.DETR.CLASS_ROWS is {cfg.MODEL.DETR.CLASS_ROWS!r}; it may be 'exact' or 'match'")
+    return cfg.MODEL.DETR.CLASS_ROWS == "match"
+
+
+def departures(cfg: CfgNode, config_file: str) -> list[str]:
+    """Where a configuration's SOLVER is not that of its config file, the recipe: "KEY is ... (recipe: ...)" each.
+
+    What a recipe leaves open is no departure: how its batch is split (ACCUMULATION_STEPS), averaging, precision, and
+    what to do with checkpoints.
+    """
+    recipe = load_config(config_file) if config_file else None
+    if recipe is None:
+        return []
+    free = ("SOLVER.ACCUMULATION_STEPS", "SOLVER.EMA", "SOLVER.AMP", "SOLVER.CHECKPOINT", "SOLVER.NONFINITE")
+    found = []
+    for key in _keys(cfg):
+        if key.startswith("SOLVER.") and not key.startswith(free):
+            ours, theirs = (_value(node, key) for node in (cfg, recipe))
+            if ours != theirs:
+                found.append(f"{key} is {ours} (recipe: {theirs})")
+    return found
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    node: Any = cfg
+    for part in key.split("."):
+        node = node[part]
+    return node

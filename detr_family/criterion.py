@@ -5,7 +5,9 @@ Matching is not done here: the criterion takes pairs, so that denoising can brin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -30,21 +32,50 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return total / comm.get_world_size()
 
 
-def mean_num_boxes(targets: Targets) -> Tensor:
-    """0-d float32: boxes of the batch, averaged over all processes.
+@dataclass(frozen=True)
+class _WholeBatch:
+    box_counts: Sequence[int]
+    parts: int
 
-    At least one box in all processes together: so the loss never depends on how a batch is split.
+
+_whole_batch: ContextVar[_WholeBatch | None] = ContextVar("whole_batch", default=None)
+
+
+@contextmanager
+def part_of_batch(box_counts: Sequence[int], parts: int) -> Iterator[None]:
+    """Losses computed inside are of one of `parts` equal parts of a batch whose gradients are accumulated.
+
+    What a loss is divided by is then averaged over the parts as it is over processes, so that the mean of the
+    parts' losses is the loss of the whole batch: a part is to a process what a process is to the run.
+
+    Args:
+        box_counts: boxes of every picture of this process's whole batch.
+        parts: how many parts it is computed in.
     """
-    count = torch.tensor(float(len(targets)), device=targets.labels.device)
-    return mean_over_ranks(count).clamp(min=1 / comm.get_world_size())
+    token = _whole_batch.set(_WholeBatch(box_counts, parts))
+    try:
+        yield
+    finally:
+        _whole_batch.reset(token)
+
+
+def mean_num_boxes(targets: Targets) -> Tensor:
+    """0-d float32: boxes of the batch, averaged over all processes and over the parts of an accumulated batch.
+
+    At least one box in all of them together: so the loss never depends on how a batch is split.
+    """
+    whole = _whole_batch.get() or _WholeBatch(targets.counts, 1)
+    count = torch.tensor(sum(whole.box_counts) / whole.parts, device=targets.labels.device)
+    return mean_over_ranks(count).clamp(min=1 / (whole.parts * comm.get_world_size()))
 
 
 @dataclass(frozen=True)
 class SoftmaxClassLoss:
     """Cross-entropy over K - 1 classes and no-object, the last logit.
 
-    The weights that its weighted mean divides by are averaged over all processes, which the release does
-    not do: so the loss is the same however a batch is split, and with one process it is the release's.
+    The weights that its weighted mean divides by are averaged over all processes, and over the parts of an
+    accumulated batch, which the release does not do: so the loss is the same however a batch is split, and with one
+    process it is the release's.
 
     Attributes:
         no_object_weight: the weight of no-object (0.1 in DETR), against the imbalance of classes.
@@ -66,8 +97,14 @@ class SoftmaxClassLoss:
         weight = layer_logits.new_ones(layer_logits.shape[-1])
         weight[-1] = self.no_object_weight
         loss = F.cross_entropy(layer_logits.flatten(0, 2), classes.flatten(), weight, reduction="none")
-        total = mean_over_ranks(weight[classes].flatten(1).sum(1))
-        return loss.view(len(layer_logits), -1).sum(1) / total
+        weights = weight[classes].flatten(1).sum(1)
+        whole = _whole_batch.get()
+        if whole is not None:  # how many queries are matched is known before they are
+            queries = layer_logits.shape[2]
+            matched = sum(min(count, queries) for count in whole.box_counts)
+            unmatched = len(whole.box_counts) * queries - matched
+            weights = torch.full_like(weights, (matched + unmatched * self.no_object_weight) / whole.parts)
+        return loss.view(len(layer_logits), -1).sum(1) / mean_over_ranks(weights)
 
 
 @dataclass(frozen=True)

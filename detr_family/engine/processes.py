@@ -1,9 +1,76 @@
-"""Leaving a run of several processes in good order."""
+"""Starting and leaving runs of several processes."""
 
 from __future__ import annotations
 
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.distributed as dist
+from detectron2.engine import default_argument_parser
+from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
+    """Detectron2's command line; it also bears the --local-rank that some launchers add to it."""
+    parser: argparse.ArgumentParser = default_argument_parser(epilog)
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Run `main(args)` in every process of the run, and leave in good order.
+
+    Where torchrun has started this process, one of several, its environment variables say which it is; else Detectron2
+    starts `args.num_gpus` processes on each of `args.num_machines` machines.
+
+    Raises:
+        ValueError: both torchrun and the command line ask for several processes; or torchrun for more processes on
+            this machine than it has GPUs.
+    """
+    if all(name in os.environ for name in _TORCHRUN):
+        if args.num_gpus > 1 or args.num_machines > 1:
+            raise ValueError(
+                "torchrun starts the processes (--nproc-per-node, --nnodes): leave out --num-gpus and --num-machines"
+            )
+        _join()
+        _main(main, args)
+        return
+    detectron2_launch(
+        _main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(main, args),
+    )
+
+
+def _main(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    main(args)
+    leave_process_group()
+
+
+def _join() -> None:
+    """Join the processes that torchrun started, as Detectron2's launcher does for its own."""
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        return
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if torch.cuda.is_available():
+        if local_size > torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started {local_size} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                "lower --nproc-per-node"
+            )
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    comm.create_local_process_group(local_size)
+    comm.synchronize()
 
 
 def leave_process_group() -> None:

@@ -1,4 +1,4 @@
-"""One training step: mixed precision, clipping of the whole gradient, and what happens to a loss of NaN."""
+"""One training step: accumulated gradients, mixed precision, clipping of the whole gradient, and a loss of NaN."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -13,29 +14,37 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from detr_family.criterion import mean_over_ranks
+from detr_family.criterion import mean_over_ranks, part_of_batch
+from detr_family.engine.randomness import STEP, seed_all
+
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class TrainStep(SimpleTrainer):
     """Detectron2's `SimpleTrainer` with a step of our own.
 
-    It differs from Detectron2's in four ways: it works with and without mixed precision, clips the norm of
-    the whole gradient, averages the losses over processes by one reduction of numbers in place of gathering
-    pickled dicts, and looks at loss and gradient norm before the weights move.
+    It differs from Detectron2's in six ways: it accumulates the gradients of a batch that comes in parts, works with
+    and without mixed precision, clips the norm of the whole gradient, averages the losses over processes by one
+    reduction of numbers in place of gathering pickled dicts, looks at loss and gradient norm before the weights move,
+    and draws random numbers that depend on the seed, the iteration and the part alone.
 
     Args:
         model: returns a dict of losses; wrapped for several processes or not.
         data_loader: yields lists of Detectron2's dicts.
         optimizer: steps the model's parameters.
         clip_norm: the largest L2 norm of the whole gradient; None does not clip.
-        amp: run the model under autocast with float16 and scale the loss.
+        amp: run the model under autocast; with float16 the loss is scaled.
+        precision: what autocast computes in: "float16" or "bfloat16".
+        accumulation: how many of the loader's batches make one step. The losses are those of one batch of all.
+        seed: of the random numbers drawn in the step; None leaves the generators alone.
         nonfinite: "stop" raises, "skip" leaves out the step.
         output_dir: where the batch of a loss that is not finite is saved.
 
     Raises:
-        ValueError: `nonfinite` is neither.
+        ValueError: `nonfinite` or `precision` is none of these.
     """
 
     def __init__(
@@ -46,23 +55,32 @@ class TrainStep(SimpleTrainer):
         *,
         clip_norm: float | None,
         amp: bool,
+        precision: str = "float16",
+        accumulation: int = 1,
+        seed: int | None = None,
         nonfinite: str,
         output_dir: str,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
+        if precision not in PRECISIONS:
+            raise ValueError(f"SOLVER.AMP.PRECISION is {precision!r}; it may be {' or '.join(map(repr, PRECISIONS))}")
         if nonfinite not in ("stop", "skip"):
             raise ValueError(f"SOLVER.NONFINITE is {nonfinite!r}; it may be 'stop' or 'skip'")
         self.device = next(model.parameters()).device
         self.clip_norm = clip_norm
         self.amp = amp
+        self.precision = PRECISIONS[precision]
+        self.accumulation = accumulation
+        self.seed = seed
         self.nonfinite = nonfinite
         self.output_dir = output_dir
         self.skipped = 0
-        # Without float16 the scaler passes everything through.
-        self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=amp)
+        # Only float16's range needs a scaled loss; otherwise the scaler passes everything through.
+        self.scaled = amp and precision == "float16"
+        self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaled)
 
     def run_step(self) -> None:
-        """Take a batch, backpropagate, look at the result, step.
+        """Take a batch, in its parts, backpropagate, look at the result, step.
 
         Raises:
             FloatingPointError: a loss or the gradient norm is not finite and `nonfinite` is "stop". The
@@ -70,28 +88,46 @@ class TrainStep(SimpleTrainer):
         """
         assert self.model.training, "the model was left in evaluation mode"
         start = time.perf_counter()
-        batch = next(self._data_loader_iter)
+        parts = [next(self._data_loader_iter) for _ in range(self.accumulation)]
         data_time = time.perf_counter() - start
 
-        with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.amp):
-            losses = self.model(batch)
         self.optimizer.zero_grad()
-        total = sum(losses.values())
-        self.grad_scaler.scale(total).backward()
+        values: dict[str, Tensor] = {}
+        for i in range(self.accumulation):
+            with self._part(i, parts):
+                with torch.autocast(self.device.type, dtype=self.precision, enabled=self.amp):
+                    losses = self.model(parts[i])
+                total = sum(losses.values()) / self.accumulation
+                self.grad_scaler.scale(total).backward()
+            for name, loss in losses.items():
+                share = loss.detach() / self.accumulation
+                values[name] = values[name] + share if name in values else share
         if hasattr(self, "after_backward"):  # not in Detectron2 0.6
             self.after_backward()
 
-        values = {name: loss.detach() for name, loss in losses.items()}
+        batch = [x for part in parts for x in part]
         if self.clip_norm is not None:
             self.grad_scaler.unscale_(self.optimizer)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-            if not self.amp:  # under float16 an infinite gradient is the scaler's business
+            if not self.scaled:  # under float16 an infinite gradient is the scaler's business
                 values["gradient norm"] = norm
         # Under float16 the scaler itself leaves out a step whose gradient is not finite, and learns from it.
-        if self._finite(values, batch, data_time) or self.amp:
+        if self._finite(values, batch, data_time) or self.scaled:
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
+
+    def _part(self, i: int, parts: list[list[dict[str, Any]]]) -> AbstractContextManager[Any]:
+        """What the `i`-th part of the batch is computed in: its random numbers, and what it has with the others."""
+        stack = ExitStack()
+        if self.seed is not None:
+            seed_all(self.seed, STEP, self.iter, i * comm.get_world_size() + comm.get_rank())
+        if len(parts) > 1:
+            counts = [len(x["instances"]) for part in parts for x in part]
+            stack.enter_context(part_of_batch(counts, len(parts)))
+        if isinstance(self.model, DistributedDataParallel) and i < len(parts) - 1:
+            stack.enter_context(self.model.no_sync())  # gradients travel once, with the last part
+        return stack
 
     def _finite(self, values: dict[str, Tensor], batch: list[dict[str, Any]], data_time: float) -> bool:
         """Log this step's numbers, averaged over processes; stop or say False where one is not finite.

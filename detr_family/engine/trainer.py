@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.engine.hooks import CallbackHook, EvalHook
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch import nn
 from torch.optim import Optimizer
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.config import check_class_count, class_names
+from detr_family.config import check_class_count, class_names, matches_classes
 from detr_family.dataset_mapper import DETRDatasetMapper, build_test_loader
 from detr_family.datasets.coco import training_dicts
+from detr_family.engine.averaging import WeightAverage
 from detr_family.engine.instability import build_instability_hook
+from detr_family.engine.loader import TrainLoader
 from detr_family.engine.optimizer import build_optimizer, clips_full_model
+from detr_family.engine.randomness import run_seed
 from detr_family.engine.schedule import iterations_from_epochs
 from detr_family.engine.step import TrainStep
 from detr_family.evaluation import build_evaluator
 
+_logger = logging.getLogger(__name__)
+
+# What a run is, as far as a resumed one may differ from what it was.
+_RECIPE = ("MODEL", "SOLVER", "INPUT", "DATASETS", "DATALOADER")
+_NOT_RECIPE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS")
+
 
 class Trainer(DefaultTrainer):
-    """Trains any of the detectors; hooks, writers, evaluation and resuming are Detectron2's.
+    """Trains any of the detectors; hooks, writers and evaluation are Detectron2's.
 
     What differs: the schedule may be given in epochs, released checkpoints load, the training step is
-    `TrainStep`, several processes work without GPUs, and the data set is checked before the first step.
+    `TrainStep`, several processes work without GPUs, the data set is checked before the first step, the weights
+    may be averaged, and a run that was stopped and resumed gives what one that was not would have given.
+
+    A resumed run takes its settings from the configuration, not from the checkpoint, and logs those that differ.
 
     Args:
         cfg: a configuration with detr_family's keys, whose data sets are registered.
@@ -43,18 +58,18 @@ class Trainer(DefaultTrainer):
         # for the data set's size between the configuration and the schedule.
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        if cfg.SOLVER.IMS_PER_BATCH % comm.get_world_size() or cfg.SOLVER.IMS_PER_BATCH < 1:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be split over "
-                f"{comm.get_world_size()} processes"
-            )
+        check_batch_size(cfg)
         check_class_count(cfg)
         dataset = training_dicts(cfg)
         self.cfg = cfg = iterations_from_epochs(cfg, len(dataset))
+        self.seed = run_seed(cfg.SEED)
+        self.pictures = 0  # taken by all processes
+        _logger.info("The seed of this run is %d; SEED %d repeats it", self.seed, self.seed)
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        loader = build_detection_train_loader(cfg, mapper=DETRDatasetMapper(cfg, True), dataset=dataset)
+        loader = TrainLoader(cfg, dataset, DETRDatasetMapper(cfg, True))
+        loader.seed = self.seed
         device_ids = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         self._trainer = TrainStep(
@@ -63,20 +78,123 @@ class Trainer(DefaultTrainer):
             optimizer,
             clip_norm=cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE if clips_full_model(cfg) else None,
             amp=cfg.SOLVER.AMP.ENABLED,
+            precision=cfg.SOLVER.AMP.PRECISION,
+            accumulation=cfg.SOLVER.ACCUMULATION_STEPS,
+            seed=self.seed,
             nonfinite=cfg.SOLVER.NONFINITE,
             output_dir=cfg.OUTPUT_DIR,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
         self.checkpointer = DETRCheckpointer(
-            model, cfg.OUTPUT_DIR, class_names=class_names(cfg), trainer=weakref.proxy(self)
+            model,
+            cfg.OUTPUT_DIR,
+            match_classes=matches_classes(cfg),
+            class_names=class_names(cfg),
+            trainer=weakref.proxy(self),
         )
+        if self.average is not None:
+            self.checkpointer.add_checkpointable("ema", self.average)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         hooks = self.build_hooks()
-        instability = build_instability_hook(cfg, dataset, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
+        instability = build_instability_hook(cfg, dataset, loader.batch_size)
         if instability is not None:
             hooks.insert(1, instability)  # before checkpoints and writers, which take what it has found
         self.register_hooks(hooks)
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's; the average moves before it is saved, and is evaluated whenever the weights are."""
+        hooks: list[HookBase] = super().build_hooks()
+        average = self.average
+        if average is not None:
+            hooks.insert(1, CallbackHook(after_step=lambda trainer: average.update()))
+            after_evaluation = 1 + max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+            hooks.insert(after_evaluation, EvalHook(self.cfg.TEST.EVAL_PERIOD, self.test_average))
+        return hooks
+
+    def test_average(self) -> dict[str, Any]:
+        """Evaluate the averaged weights; results go under `ema`, files into OUTPUT_DIR/ema."""
+        assert self.average is not None
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "ema")
+        return {"ema": self.test(cfg, self.average.model)}
+
+    def run_step(self) -> None:
+        """One step of all processes."""
+        super().run_step()
+        self.pictures += self.cfg.SOLVER.IMS_PER_BATCH
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the newest whole checkpoint in OUTPUT_DIR, else start from the weights in MODEL.WEIGHTS.
+
+        Raises:
+            ValueError: see `DETRCheckpointer.resume_or_load` and `load_state_dict`.
+        """
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self.checkpointer.resumed:
+            self.start_iter = self.iter + 1  # the checkpoint has the iteration that was done
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights that the next step depends on, and the settings of the run."""
+        return {
+            **super().state_dict(),
+            "seed": self.seed,
+            "pictures": self.pictures,
+            "parameters": self._trained_names(),
+            "recipe": _recipe(self.cfg),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The reverse of `state_dict`, but for the settings, which stay those of the configuration.
+
+        Raises:
+            ValueError: other parameters are trained than were.
+        """
+        names = self._trained_names()
+        before = state_dict.get("parameters", names)
+        if before != names:
+            old, new = ({name for group in groups for name in group} for groups in (before, names))
+            different = sorted(old ^ new) or ["the same, in another order"]
+            raise ValueError(
+                f"{len(different)} parameters are trained in one of this run and the checkpoint to resume, but not "
+                f"in the other ({', '.join(different[:3])} ...): set MODEL.DETR.FREEZE and MODEL.BACKBONE.FREEZE_AT "
+                "as they were, or start a new run in another OUTPUT_DIR with MODEL.WEIGHTS and without --resume"
+            )
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        rates = list(self.scheduler.base_lrs)
+        super().load_state_dict(state_dict)
+        if isinstance(self.scheduler, LRMultiplier):  # its rate follows from the settings and the iteration
+            self.scheduler.base_lrs = rates
+            for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(setting)
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+                group["lr"] = rate
+        self.pictures = state_dict.get("pictures", (self.iter + 1) * self.cfg.SOLVER.IMS_PER_BATCH)
+        seed = state_dict.get("seed", self.seed)
+        if seed != self.seed:
+            _logger.info("The run goes on with the seed %d that it was started with, not %d", seed, self.seed)
+        self.seed = self._trainer.seed = seed
+        if isinstance(self.data_loader, TrainLoader):
+            self.data_loader.seed, self.data_loader.pictures = seed, self.pictures
+        self._log_changes(state_dict.get("recipe", {}))
+
+    def _trained_names(self) -> list[list[str]]:
+        """Names of the parameters of each of the optimizer's groups, whose order its state goes by."""
+        model = self.model.module if hasattr(self.model, "module") else self.model
+        names = {id(p): name for name, p in model.named_parameters()}
+        return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+
+    def _log_changes(self, before: dict[str, Any]) -> None:
+        recipe = _recipe(self.cfg)
+        for key in sorted(before.keys() & recipe.keys()):
+            if before[key] != recipe[key]:
+                _logger.warning(
+                    "%s was %s in the checkpoint and is %s from here on", key, before[key], recipe[key]
+                )
+        if not isinstance(self.scheduler, LRMultiplier):
+            _logger.warning("The learning rate of %s goes on as in the checkpoint", type(self.scheduler).__name__)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -95,9 +213,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Batches of the training set as the detectors are trained on it."""
-        return build_detection_train_loader(
-            cfg, mapper=DETRDatasetMapper(cfg, True), dataset=training_dicts(cfg)
-        )
+        return TrainLoader(cfg, training_dicts(cfg), DETRDatasetMapper(cfg, True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -110,3 +226,36 @@ class Trainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name)
 
 
+def check_batch_size(cfg: CfgNode) -> None:
+    """Whether SOLVER.IMS_PER_BATCH can be split over processes and SOLVER.ACCUMULATION_STEPS.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    total, steps, world = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS, comm.get_world_size()
+    if steps < 1:
+        raise ValueError(f"SOLVER.ACCUMULATION_STEPS is {steps}; it must be at least 1")
+    if total < 1 or total % (world * steps):
+        parts = f", SOLVER.ACCUMULATION_STEPS {steps} times" if steps > 1 else ""
+        raise ValueError(f"SOLVER.IMS_PER_BATCH {total} cannot be split over {world} processes{parts}")
+
+
+def _recipe(cfg: CfgNode) -> dict[str, Any]:
+    """The settings that a run's result depends on, by their full names."""
+    flat: dict[str, Any] = {}
+
+    def add(node: CfgNode, prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, CfgNode):
+                add(value, f"{prefix}{key}.")
+            elif prefix + key not in _NOT_RECIPE:
+                flat[prefix + key] = _plain(value)
+
+    for part in _RECIPE:
+        add(cfg[part], f"{part}.")
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: YAML files and command lines do not tell them apart."""
+    return [_plain(x) for x in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,0 +1,132 @@
+"""Batches of the training set, from any position of the training on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from detr_family.engine.randomness import ORDER, PICTURE, seeded
+
+Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class TrainLoader:
+    """An endless series of batches that depends on the seed and the position, not on what was read before.
+
+    Detectron2's sampler (DATALOADER.SAMPLER_TRAIN) orders the pictures; they are dealt out to processes batch by batch,
+    so that one process with eight batches to accumulate sees what eight processes see. Aspect ratios are
+    grouped by the sizes in the data set, before a picture is read. Every picture is augmented with random numbers of
+    its place in the order.
+
+    Args:
+        cfg: reads SOLVER.IMS_PER_BATCH and ACCUMULATION_STEPS, DATALOADER and SEED.
+        dataset: Detectron2's dicts.
+        mapper: what makes a dict the model's input.
+
+    Attributes:
+        seed: of the order and the augmentation; SEED, or 0 where that is negative, until it is set.
+        pictures: how many pictures of the order all processes have had; where iterating starts. It is for
+            whoever takes the batches to keep count.
+    """
+
+    def __init__(self, cfg: CfgNode, dataset: Sequence[dict[str, Any]], mapper: Mapper) -> None:
+        self.cfg = cfg
+        self.dataset = DatasetFromList(list(dataset), copy=False)
+        self.mapper = mapper
+        self.seed = max(cfg.SEED, 0)
+        self.pictures = 0
+        self.batch_size = cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.ACCUMULATION_STEPS)
+        self.sizes = None
+        if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+            self.sizes = [(x["width"], x["height"]) for x in dataset]
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        order = _order(self.cfg, self.dataset, self.seed)
+        return iter(
+            DataLoader(
+                _Augmented(self.dataset, self.mapper, self.seed),
+                batch_sampler=_Batches(order, self.batch_size, self.pictures, self.sizes),
+                num_workers=self.cfg.DATALOADER.NUM_WORKERS,
+                collate_fn=trivial_batch_collator,
+                generator=torch.Generator(),  # leaves the global one alone
+            )
+        )
+
+
+def _order(cfg: CfgNode, dataset: Dataset[Any], seed: int) -> Callable[[], Iterator[int]]:
+    """Detectron2's sampler as a function that gives the whole endless order, of all processes, from its start."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed
+    with seeded(seed, ORDER):  # some samplers take cfg.SEED, the others draw theirs
+        arguments = build_detection_train_loader.from_config(cfg, mapper=lambda x: x, dataset=dataset)
+    sampler = arguments["sampler"]
+    if not hasattr(sampler, "_infinite_indices"):
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN} is no endless sampler of Detectron2's"
+        )
+    return sampler._infinite_indices
+
+
+class _Batches(Sampler[list[tuple[int, int]]]):
+    """This process's batches of (position in the order, index into the data set).
+
+    Args:
+        order: gives the endless order of indices.
+        batch_size: pictures in a batch of one process.
+        start: pictures that all processes together have had before.
+        sizes: width and height of each picture, to put wide and tall ones in different batches; None mixes them.
+    """
+
+    def __init__(
+        self,
+        order: Callable[[], Iterator[int]],
+        batch_size: int,
+        start: int,
+        sizes: Sequence[tuple[int, int]] | None,
+    ) -> None:
+        self.order = order
+        self.batch_size = batch_size
+        self.start = start
+        self.sizes = sizes
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        places: Iterator[tuple[int, int]] = enumerate(self.order())
+        if self.sizes is None:
+            places = itertools.islice(places, self.start, None)
+            batches = iter(lambda: list(itertools.islice(places, self.batch_size)), [])
+        else:  # what waits in the groups follows from all before
+            batches = itertools.islice(self._grouped(places), self.start // self.batch_size, None)
+        return itertools.islice(batches, comm.get_rank(), None, comm.get_world_size())
+
+    def _grouped(self, places: Iterator[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        assert self.sizes is not None
+        items = (
+            {"width": self.sizes[index][0], "height": self.sizes[index][1], "place": (position, index)}
+            for position, index in places
+        )
+        for batch in AspectRatioGroupedDataset(items, self.batch_size):
+            yield [item["place"] for item in batch]
+
+
+class _Augmented(Dataset[dict[str, Any]]):
+    """Maps a place to the augmented picture there."""
+
+    def __init__(self, dataset: Dataset[dict[str, Any]], mapper: Mapper, seed: int) -> None:
+        self.dataset = dataset
+        self.mapper = mapper
+        self.seed = seed
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
+        position, index = place
+        with seeded(self.seed, PICTURE, position):
+            return self.mapper(self.dataset[index])
