@@ -168,6 +168,7 @@ def run_until_killed(cfg: CfgNode, progress: Any, die_in_save: int | None) -> No
             os.kill(os.getpid(), signal.SIGKILL)
         save(data, file)
 
+    multiprocessing.set_start_method("fork", force=True)  # data workers see that this process is gone
     torch.save = deadly
     step = Trainer.run_step
 
