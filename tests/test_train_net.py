@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from detr_family.datasets.shapes import write_shapes
 
@@ -81,6 +83,57 @@ def test_two_processes_start_with_the_loss_of_one(data: list[str], tmp_path: Pat
     assert len(totals) == 2 and totals[1] == pytest.approx(totals[0], rel=1e-5)
 
 
+def test_every_way_to_start_two_processes_trains_the_same(data: list[str], tmp_path: Path) -> None:
+    """Detectron2's launcher, torchrun, and Detectron2's flags for two machines, here of one process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    machines = ["--num-machines", "2", "--dist-url", f"tcp://127.0.0.1:{port}"]
+    ways: dict[str, list[tuple[list[str], list[str]]]] = {
+        "launcher": [([], ["--num-gpus", "2"])],
+        "torchrun": [(torchrun, [])],
+        "machines": [([], [*machines, "--machine-rank", str(rank)]) for rank in (0, 1)],
+    }
+    weights = {}
+    for way, commands in ways.items():
+        options = [*data, "SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path / way)]
+        script = [str(ROOT / "train_net.py"), "--config-file", str(ROOT / "configs/detr_quickstart.yaml")]
+        running = []
+        for i, (before, after) in enumerate(commands):
+            log = tmp_path / f"{way}{i}.log"
+            with log.open("w") as file:  # a pipe that nobody empties would stop its process
+                process = subprocess.Popen(
+                    [sys.executable, *before, *script, *after, *options],
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            running.append((process, log))
+        for process, log in running:
+            assert process.wait(timeout=500) == 0, log.read_text()[-2000:]
+        assert "World size: 2" in running[0][1].read_text()
+        weights[way] = torch.load(tmp_path / way / "model_final.pth", weights_only=True)["model"]
+    for way in ("torchrun", "machines"):
+        assert all(torch.equal(value, weights[way][key]) for key, value in weights["launcher"].items()), way
+
+
+def test_the_averaged_weights_are_evaluated_and_the_recipe_departed_from_is_told(
+    data: list[str], tmp_path: Path
+) -> None:
+    options = [*data, "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "3", "SOLVER.EMA.ENABLED", "True"]
+    run = train_net(*options, "SOLVER.EMA.DECAY", "0.5")
+    assert run.returncode == 0, run.stderr[-2000:]
+    departures = [x for x in (run.stdout + run.stderr).splitlines() if "Not the recipe of" in x]
+    assert len(departures) == 1 and "SOLVER.IMS_PER_BATCH is 4 (recipe: 16)" in departures[0]
+    assert "EMA" not in departures[0]
+    last = {k: v for line in metrics(tmp_path) for k, v in line.items()}
+    run = train_net("--eval-only", *options, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "TEST.EMA", "True")
+    assert run.returncode == 0, run.stderr[-2000:]
+    line = [x for x in (run.stdout + run.stderr).splitlines() if "copypaste" in x][-1]
+    assert float(line.rsplit(" ", 1)[-1].split(",")[0]) == pytest.approx(last["ema/bbox/AP"], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +142,8 @@ def test_two_processes_start_with_the_loss_of_one(data: list[str], tmp_path: Pat
         (["MODEL.WEIGHTS", "nowhere.pth"], "there is no checkpoint 'nowhere.pth': correct MODEL.WEIGHTS"),
         (["DATASETS.TRAIN", "('unheard_of',)"], "unheard_of"),
         (["SOLVER.IMS_PER_BATCH", "0"], "SOLVER.IMS_PER_BATCH 0"),
+        (["SOLVER.ACCUMULATION_STEPS", "3"], "SOLVER.IMS_PER_BATCH 4 cannot be split over 1 processes"),
+        (["MODEL.DETR.FREEZE", "['encodr']"], "similar: "),
         (["DATASETS.COCO_FORMAT", "[['a', 'b']]"], "DATASETS.COCO_FORMAT"),
     ],
     ids=lambda x: x if isinstance(x, str) else x[0],

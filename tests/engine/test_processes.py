@@ -1,4 +1,4 @@
-"""Two processes on the CPU compute what one computes on the doubled batch."""
+"""Two processes on the CPU compute what one computes on the doubled batch; how processes are started."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model, launch
 from detectron2.utils import comm
 
+from detr_family.engine import processes
 from detr_family.engine.processes import leave_process_group
 
 Result = tuple[dict[str, float], dict[str, torch.Tensor]]
@@ -51,3 +53,46 @@ def test_two_processes_equal_one_with_the_doubled_batch(name: str, counts: tuple
         assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-7), key
     for key, gradient in one_gradients.items():
         torch.testing.assert_close(two_gradients[key], gradient, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def gradients(name: str, checkpointed: bool) -> dict[str, torch.Tensor]:
+    """Of this process, in a DDP wrapper, with dropout."""
+    keys = dict.fromkeys(("BACKBONE", "ENCODER", "DECODER"), checkpointed)
+    model = tiny.build(name, DROPOUT=0.2, CHECKPOINT=CfgNode(keys)).train()
+    wrapped = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
+    torch.manual_seed(comm.get_rank())
+    sum(wrapped(tiny.batch((3, comm.get_rank()))).values()).backward()
+    return {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+
+
+def compare_checkpointed() -> None:
+    torch.set_num_threads(1)
+    for name in tiny.DETECTORS:
+        plain, again = gradients(name, False), gradients(name, True)
+        for key, gradient in plain.items():
+            assert torch.equal(again[key], gradient), f"{name} {key}"
+    leave_process_group()
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_over_processes_changes_no_gradient() -> None:
+    launch(compare_checkpointed, 2, dist_url="auto")
+
+
+def test_torchruns_environment_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(processes, "detectron2_launch", lambda *args, **kwargs: ran.append("detectron2"))
+    parser = processes.argument_parser()
+    args = parser.parse_args(["--local-rank=0", "--num-gpus", "2", "SEED", "3"])
+    assert args.opts == ["SEED", "3"]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # as on some clusters, without torchrun
+        monkeypatch.setenv(name, "1")
+    processes.launch(ran.append, args)
+    assert ran == ["detectron2"]
+    torchrun = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
+    for name, value in {**torchrun, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="leave out --num-gpus"):
+        processes.launch(ran.append, args)
+    processes.launch(ran.append, parser.parse_args([]))
+    assert len(ran) == 2 and ran[1].num_gpus == 1
