@@ -26,8 +26,11 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     _C.NUM_QUERIES = 100
     # Width of the transformer, channels; a multiple of NUM_HEADS and, for sine encodings, of 4.
     _C.HIDDEN_DIM = 256
+    # Heads of every attention.
     _C.NUM_HEADS = 8
+    # Layers of the encoder, possibly 0.
     _C.ENC_LAYERS = 6
+    # Layers of the decoder, at least 1.
     _C.DEC_LAYERS = 6
     # Width of the feed-forward networks' hidden layer, channels.
     _C.FEEDFORWARD_DIM = 2048

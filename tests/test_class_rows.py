@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from engine_runs import run_cfg, train
 from torch import Tensor, nn
 
 from detr_family.checkpoint import COCO_IDS, COCO_NAMES, DETRCheckpointer
@@ -102,3 +103,15 @@ def test_a_release_has_cocos_names(name: str, tmp_path: Path) -> None:
     DETRCheckpointer(whole, class_names=COCO_NAMES, match_classes=True).load(str(tmp_path / "release.pth"))
     for key, tensor in row_tensors(whole).items():
         assert torch.equal(tensor, released.state_dict()[key]), key
+
+
+def test_a_training_begins_from_a_release_of_other_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    torch.save({"model": as_released(tiny.build("DETR", NUM_CLASSES=80))}, tmp_path / "release.pth")
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "release.pth"), "SOLVER.MAX_ITER", 1]
+    with pytest.raises(ValueError, match=r"another number of classes.*MODEL\.DETR\.CLASS_ROWS match"):
+        train(run_cfg("DETR", tmp_path, "exact", weights))
+    train(run_cfg("DETR", tmp_path, "match", [*weights, "MODEL.DETR.CLASS_ROWS", "match"]))
+    assert "0 rows are kept (none), 3 start as in a new model (circle, square, triangle)" in caplog.text
+    with pytest.raises(ValueError, match=r"CLASS_ROWS is 'names'; it may be 'exact' or 'match'"):
+        train(run_cfg("DETR", tmp_path, "other", [*weights, "MODEL.DETR.CLASS_ROWS", "names"]))

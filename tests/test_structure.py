@@ -25,7 +25,7 @@ LEVELS = [
     ["dataset_mapper", "evaluation", "visualize"],
     ["predictor"],
     ["engine"],
-    ["quickstart", "collect_env", "benchmarks", "data_check", "demo"],
+    ["config_reference", "quickstart", "collect_env", "benchmarks", "data_check", "demo"],
     ["analysis"],
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
