@@ -47,5 +47,4 @@ def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         drop_path_rate=swin.DROP_PATH_RATE,
         out_features=swin.OUT_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        recompute=swin.USE_CHECKPOINT,
     )

@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -61,19 +61,33 @@ def released_name(name: str) -> str:
     return re.sub(r"^backbone\.1\.", "position_encoding.", name)
 
 
-def convert_released(state: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
+def convert_released(
+    state: dict[str, Tensor], num_classes: int, with_one_more: Collection[str] = ()
+) -> dict[str, Tensor]:
     """A paper's released state dict under the names here.
 
     With 80 classes the rows of the 80 COCO categories are picked from the releases' 91; where there is a 92nd
     row (no-object of DETR, the unknown label of the denoising detectors) it is kept, last.
+
+    Args:
+        state: the release's.
+        num_classes: of the model here.
+        with_one_more: names here of tensors with one row more than there are classes. Those that have 91 rows in the
+            release are a two-stage detector's head for proposals: row 0, no category's, says whether there is an
+            object, and comes last here.
     """
     converted = {}
     for name, tensor in state.items():
         if name.endswith("num_batches_tracked") or _SWIN_INDICES.search(name):
             continue
-        if _CLASS_ROWS.search(name) and num_classes == len(COCO_IDS) and len(tensor) in (91, 92):
-            tensor = tensor[COCO_IDS + list(range(91, len(tensor)))]
-        converted[released_name(name)] = tensor
+        here = released_name(name)
+        if _CLASS_ROWS.search(name) and len(tensor) in (91, 92):
+            rows = COCO_IDS if num_classes == len(COCO_IDS) else list(range(91))
+            rows = rows + list(range(91, len(tensor)))
+            if len(tensor) == 91 and here in with_one_more:
+                rows = [*rows, 0]
+            tensor = tensor[rows]
+        converted[here] = tensor
     return converted
 
 
@@ -273,7 +287,9 @@ class DETRCheckpointer(DetectionCheckpointer):
         if any(name.startswith("backbone.0.") for name in state):
             checkpoint["class_names"] = _class_names(checkpoint)
             by_name = self.match_classes and checkpoint["class_names"] == COCO_NAMES
-            state = convert_released(state, len(COCO_IDS) if by_name else getattr(self.model, "num_classes", -1))
+            classes = getattr(self.model, "num_classes", -1)
+            proposals = {k for k, v in self.model.state_dict().items() if v.dim() and len(v) == classes + 1}
+            state = convert_released(state, len(COCO_IDS) if by_name else classes, proposals)
         elif "layer1.0.conv1.weight" in state:  # torchvision's ResNet
             backbone_only = True
             state = {

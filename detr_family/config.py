@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+_project_configs: list[Callable[[CfgNode], None]] = []
+
+
+def project_config(add: Callable[[CfgNode], None]) -> Callable[[CfgNode], None]:
+    """Decorator for a project's own keys: once it is imported, `add_detr_family_config` adds them too.
+
+    So a project's YAML files are read by everything that reads ours, as its meta-architectures are found by
+    everything that asks Detectron2's registry.
+
+    Args:
+        add: adds keys to a configuration, in place.
+    """
+    if add not in _project_configs:
+        _project_configs.append(add)
+    return add
+
 
 def add_detr_family_config(cfg: CfgNode) -> None:
-    """Add the keys below to a configuration made by `detectron2.config.get_cfg()`, in place.
+    """Add the keys below, and those of imported projects, to a configuration, in place.
 
     No key of Detectron2's own is changed: the recipes are in the YAML files.
+
+    Args:
+        cfg: made by `detectron2.config.get_cfg()`.
     """
     cfg.MODEL.DETR = CfgNode()
     _C = cfg.MODEL.DETR
@@ -109,8 +128,6 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
     # Stages that the detector sees: p0, p1, p2, p3 of strides 4, 8, 16, 32.
     cfg.MODEL.SWIN.OUT_FEATURES = ["p1", "p2", "p3"]
-    # Activation checkpointing: keep only the blocks' inputs for the backward and compute the rest again.
-    cfg.MODEL.SWIN.USE_CHECKPOINT = False
     cfg.MODEL.DN = CfgNode()
     # Denoising groups in training, each with every box of a picture; 0: no denoising (DN-DETR, section 4.2, table 5).
     cfg.MODEL.DN.GROUPS = 5
@@ -124,6 +141,10 @@ def add_detr_family_config(cfg: CfgNode) -> None:
 
     # The backbone's learning rate as a factor of SOLVER.BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    # Learning rates of single parameters: a list of [regular expression, factor]. A parameter whose name an
+    # expression is found in has SOLVER.BASE_LR times the first such factor, and a backbone's as much less.
+    # (Deformable DETR, appendix A.4: 0.1 for what predicts reference points and sampling offsets.)
+    cfg.SOLVER.LR_FACTORS = []
     # Length of the training in passes over the training set. Above 0 it takes the place of SOLVER.MAX_ITER.
     cfg.SOLVER.EPOCHS = 0
     # Where the learning rate is multiplied by SOLVER.GAMMA, in epochs; takes the place of SOLVER.STEPS.
@@ -162,6 +183,9 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Data sets in COCO format: a list of [name, annotation file, picture folder]. The names can then be used
     # in DATASETS.TRAIN and DATASETS.TEST like Detectron2's own.
     cfg.DATASETS.COCO_FORMAT = []
+
+    for add in _project_configs:
+        add(cfg)
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:

@@ -179,7 +179,7 @@ class DNDETR(SetDetector):
             padding=mask.flatten(1) if self.has_padding(images) else None,
             anchors=self.anchors(),
             unknown=F.pad(self.label_enc.weight[-1], (0, 1)),  # indicator 0
-            denoising=None if groups is None else (self.content(groups), groups.anchors),
+            denoising=None if groups is None else (denoising_content(self.label_enc, groups), groups.anchors),
             blocked=None if groups is None else groups.blocked,
         )  # N x B x (R + PQ) x D and N x B x (R + PQ) x 4
         boxes = self.bbox_embed(decoded).float() + inverse_sigmoid(anchors, EPS)
@@ -209,25 +209,46 @@ class DNDETR(SetDetector):
             generator=self.generator,
         )
 
-    def content(self, groups: DenoisingGroups) -> Tensor:
-        """(B, R, D): embeddings of the noised labels with an indicator of 1; zeros where there is no box."""
-        content = F.pad(self.label_enc(groups.labels), (0, 1), value=1.0)
-        return content.masked_fill(groups.padding[..., None], 0.0)
-
     def losses(self, prediction: SetPrediction, targets: Targets) -> dict[str, Tensor]:
-        """Losses of matched sets, and the same of the denoised boxes with `_dn` in their names (section 4.2).
-
-        The latter are divided by the number of noised boxes, averaged over all processes like that of boxes: so they
-        do not depend on how a batch is split. With one process it is the release's.
-        """
+        """Losses of matched sets, and with denoising those of `denoised_losses`."""
         losses = super().losses(prediction, targets)
         if isinstance(prediction, DenoisingPrediction):
-            denoised = prediction.denoised if self.aux_loss else prediction.denoised.layers(-1)
-            denoised, truth, known = prediction.groups.known_alone(denoised, targets)
-            per_box = len(truth) / len(targets) if len(targets) else 1.0  # G, unless boxes were left out
-            num_boxes = per_box * mean_num_boxes(targets)
-            losses |= self.criterion(denoised, truth, known, num_boxes=num_boxes, suffix="_dn")
+            losses |= denoised_losses(self.criterion, prediction, targets, aux_loss=self.aux_loss)
         return losses
+
+
+def denoising_content(label_enc: nn.Embedding, groups: DenoisingGroups) -> Tensor:
+    """Content of the denoising queries (section 4.4): the noised label's embedding and an indicator of 1.
+
+    Args:
+        label_enc: K + 1 embeddings of D - 1 channels.
+        groups: the queries.
+
+    Returns:
+        (B, R, D); zeros where there is no box.
+    """
+    content = F.pad(label_enc(groups.labels), (0, 1), value=1.0)
+    return content.masked_fill(groups.padding[..., None], 0.0)
+
+
+def denoised_losses(
+    criterion: SetCriterion, prediction: DenoisingPrediction, targets: Targets, *, aux_loss: bool
+) -> dict[str, Tensor]:
+    """Losses of the denoised boxes, each against its own truth (section 4.2), with `_dn` in their names.
+
+    They are divided by the number of noised boxes, averaged over all processes like that of boxes: so they do not
+    depend on how a batch is split. With one process it is the release's.
+
+    Args:
+        criterion: that of the matched sets.
+        prediction: with the denoising queries'.
+        targets: that the groups were made from.
+        aux_loss: of the earlier decoder layers too.
+    """
+    denoised = prediction.denoised if aux_loss else prediction.denoised.layers(-1)
+    denoised, truth, known = prediction.groups.known_alone(denoised, targets)
+    per_box = len(truth) / len(targets) if len(targets) else 1.0  # G, unless boxes were left out
+    return criterion(denoised, truth, known, num_boxes=per_box * mean_num_boxes(targets), suffix="_dn")
 
 
 class DNTransformer(nn.Module):

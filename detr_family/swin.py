@@ -5,8 +5,6 @@ What differs from Detectron2's class:
 - Sizes by name, and out-features by name, as a ResNet's are.
 - No padding of the pictures is asked for: the patches and windows pad themselves, as in the papers' releases.
 - Stochastic depth is torchvision's, so that it needs no further package.
-- Recomputing blocks in the backward gives every parameter its gradient, frozen patches or not, and keeps the
-  size of the feature map that each block saw.
 - The index of relative positions, which follows from the window's size, is not part of a checkpoint.
 
 Parameter names are Detectron2's, which are those of the papers' releases and of the ImageNet weights.
@@ -18,9 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBlock
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from detectron2.modeling.backbone.swin import SwinTransformer
 from torchvision.ops import StochasticDepth
 
 # Table 7 of the paper: channels of the first stage, blocks and heads of each stage.
@@ -44,7 +40,6 @@ class Swin(SwinTransformer):
             linearly from 0 at the first.
         out_features: stages to return, of p0 to p3; each is normalised by a norm of its own.
         freeze_at: as for a ResNet: 0 freezes nothing, 1 the patch embedding, 2 the first stage too, and so on.
-        recompute: keep only the blocks' inputs for the backward, and compute the rest again there.
 
     Raises:
         ValueError: an unknown size or stage, or a number out of range; the key to change is named.
@@ -59,7 +54,6 @@ class Swin(SwinTransformer):
         drop_path_rate: float,
         out_features: Sequence[str],
         freeze_at: int,
-        recompute: bool,
     ) -> None:
         if size not in SIZES:
             raise ValueError(f"MODEL.SWIN.SIZE is {size!r}; it may be one of {', '.join(SIZES)}")
@@ -89,9 +83,6 @@ class Swin(SwinTransformer):
             block.attn.register_buffer("relative_position_index", index, persistent=False)
             if rate > 0:
                 block.drop_path = StochasticDepth(rate, "row")
-            if recompute:
-                # Detectron2 has no place to say which class of block to build; the names stay as they are.
-                block.__class__ = RecomputedBlock
 
     @property
     def size_divisibility(self) -> int:
@@ -103,22 +94,3 @@ class Swin(SwinTransformer):
         super().train(mode)
         self._freeze_stages()
         return self
-
-
-class RecomputedBlock(SwinTransformerBlock):
-    """A block whose inside is computed again in the backward in place of being kept (arXiv 1604.06174)."""
-
-    H: int | None  # of the feature map, in tokens: Detectron2 sets both before every call
-    W: int | None
-
-    def forward(self, x: Tensor, mask_matrix: Tensor) -> Tensor:
-        """(B, H * W, C) tokens and the mask of shifted windows -> (B, H * W, C)."""
-        if not torch.is_grad_enabled():
-            return super().forward(x, mask_matrix)
-        height, width = self.H, self.W
-
-        def inside(x: Tensor, mask_matrix: Tensor) -> Tensor:
-            self.H, self.W = height, width  # another picture may have passed before the backward comes
-            return super(RecomputedBlock, self).forward(x, mask_matrix)
-
-        return checkpoint(inside, x, mask_matrix, use_reentrant=False)

@@ -102,7 +102,7 @@ def compare_training(model: nn.Module, golden: SimpleNamespace) -> None:
     """Every weighted loss, their sum, and the gradient norm of every parameter."""
     model.train()
     losses = model(batch())
-    expected = {loss_name(k): golden.losses[k] * w for k, w in golden.weights.items()}
+    expected = {loss_name(k): golden.losses[k] * w for k, w in golden.weights.items() if k in golden.losses}
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from detr_family.checkpoint import DETRCheckpointer, convert_released
 from detr_family.denoising import DenoisingPrediction
-from detr_family.dn_detr import DNDETR
+from detr_family.dn_detr import DNDETR, denoising_content
 
 GROUPS = 3
 
@@ -131,7 +131,7 @@ def test_the_indicator_tells_the_parts_apart() -> None:
     model = dn()
     groups = model.make_groups(model.targets(tiny.batch((3, 1))))
     assert groups is not None
-    content = model.content(groups)
+    content = denoising_content(model.label_enc, groups)
     assert (content[..., -1] == (~groups.padding).float()).all()
     assert not content[groups.padding].any()
     torch.testing.assert_close(content[0, 0, :-1], model.label_enc.weight[groups.labels[0, 0]])

@@ -26,3 +26,31 @@ def test_everything_frozen_is_refused(cfg: CfgNode) -> None:
     model = tiny.build("DETR").requires_grad_(False)
     with pytest.raises(ValueError, match="FREEZE_AT"):
         build_optimizer(cfg, model)
+
+
+def test_single_parameters_have_a_rate_of_their_own_by_name(cfg: CfgNode) -> None:
+    model = tiny.build("DABDETR")
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.BACKBONE_MULTIPLIER = 1e-2, 0.1
+    cfg.SOLVER.LR_FACTORS = [["linear1|res5", 0.5], ["decoder", 0.25]]
+    rates = {id(p): group["lr"] for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = 0.5 if "linear1" in name or "res5" in name else 0.25 if "decoder" in name else 1.0
+        base = 1e-3 if name.startswith("backbone.") else 1e-2
+        assert rates[id(parameter)] == pytest.approx(base * factor), name
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (["nothing_of_that_name", 0.1], "'nothing_of_that_name', which no parameter's name matches"),
+        (["linear1"], r"\['linear1'\]; each entry must be"),
+        (["linear1", "slow"], "each entry must be"),
+        (["(", 0.1], "each entry must be"),
+    ],
+)
+def test_wrong_factors_are_named(cfg: CfgNode, entry: list, message: str) -> None:
+    cfg.SOLVER.LR_FACTORS = [entry]
+    with pytest.raises(ValueError, match=rf"SOLVER\.LR_FACTORS has .*{message}"):
+        build_optimizer(cfg, tiny.build("DETR"))

@@ -1,0 +1,12 @@
+"""Deformable DETR, and DAB-DETR and DN-DETR on its transformer, made from detr_family's parts.
+
+Importing this registers the meta-architectures `DeformableDETR`, `DABDeformableDETR` and `DNDeformableDETR`, and has
+`detr_family.add_detr_family_config` add the keys MODEL.DEFORMABLE.
+"""
+
+from projects.deformable.config import add_deformable_config
+from projects.deformable.dab_deformable_detr import DABDeformableDETR
+from projects.deformable.deformable_detr import DeformableDETR
+from projects.deformable.dn_deformable_detr import DNDeformableDETR
+
+__all__ = ["DABDeformableDETR", "DNDeformableDETR", "DeformableDETR", "add_deformable_config"]

@@ -1,0 +1,233 @@
+"""This project's detectors in the suite that every detector must pass, and what is their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from test_detectors import *  # noqa: F403  (the suite itself)
+
+import projects.deformable  # noqa: F401
+from detr_family.set_detector import SetDetector
+from projects.deformable.deformable_detr import TwoStagePrediction
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+
+
+def deformable(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "DeformableDETR"
+    cfg.MODEL.DETR.COST.CLASS = cfg.MODEL.DETR.LOSS.CLASS = 2.0
+    cfg.MODEL.DEFORMABLE.NUM_LEVELS = 3
+    cfg.MODEL.DEFORMABLE.ENC_POINTS = cfg.MODEL.DEFORMABLE.DEC_POINTS = 2
+    cfg.MODEL.DEFORMABLE.IGNORE_PADDING = True
+
+
+def refined(cfg: CfgNode) -> None:
+    deformable(cfg)
+    cfg.MODEL.DEFORMABLE.BOX_REFINEMENT = True
+
+
+def two_stage(cfg: CfgNode) -> None:
+    refined(cfg)
+    cfg.MODEL.DEFORMABLE.TWO_STAGE = True
+
+
+def dab(cfg: CfgNode) -> None:
+    deformable(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "DABDeformableDETR"
+
+
+def dn(cfg: CfgNode) -> None:
+    deformable(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "DNDeformableDETR"
+    cfg.MODEL.DN.GROUPS = 3
+
+
+DETECTORS: dict[str, Callable[[CfgNode], None]] = {
+    "DeformableDETR": deformable,
+    "DeformableDETR refined": refined,
+    "DeformableDETR two-stage": two_stage,
+    "DABDeformableDETR": dab,
+    "DNDeformableDETR": dn,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known_to_the_suite() -> Iterator[None]:
+    """The suite builds what tests/tiny.py lists; the list is as it was afterwards."""
+    tiny.DETECTORS.update(DETECTORS)
+    yield
+    for name in DETECTORS:
+        del tiny.DETECTORS[name]
+
+
+pytestmark = pytest.mark.parametrize("name", DETECTORS)
+
+
+def cfg_of(name: str, **keys: Any) -> CfgNode:
+    """The named tiny configuration; `keys` are keys of MODEL.DEFORMABLE."""
+    cfg = tiny.cfg_of(name)
+    for key, value in keys.items():
+        cfg.MODEL.DEFORMABLE[key] = value
+    return cfg
+
+
+def build(name: str, **keys: Any) -> SetDetector:
+    torch.manual_seed(11)
+    return build_model(cfg_of(name, **keys))
+
+
+def test_the_registry_knows_it(name: str) -> None:
+    assert type(build(name)).__name__ == name.split()[0]
+
+
+@pytest.mark.parametrize("keys", [{"NUM_LEVELS": 1}, {"NUM_LEVELS": 4, "ENC_POINTS": 3, "DEC_POINTS": 1}])
+def test_other_levels_and_points_need_no_other_code(name: str, keys: dict[str, int]) -> None:
+    losses = build(name, **keys).train()(tiny.batch())
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(x) for x in losses.values())
+
+
+@pytest.mark.parametrize("key", ["NUM_LEVELS", "ENC_POINTS", "DEC_POINTS"])
+def test_counts_that_cannot_be_are_named(name: str, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"{key} 0"):
+        build(name, **{key: 0})
+
+
+def test_pictures_with_fewer_tokens_than_queries(name: str) -> None:
+    model = build(name)
+    inputs = [tiny.picture(16, 32, 1, seed=3), tiny.picture(32, 16, 2, seed=4)]
+    losses = model.train()(inputs)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(x) for x in losses.values())
+    with torch.no_grad():
+        boxes = model.eval().predict(model.preprocess_image(inputs)).boxes
+    assert torch.isfinite(boxes).all() and 0 < boxes.shape[1] <= 7
+
+
+def test_boxes_of_a_layer_are_relative_to_those_of_the_layer_before(name: str) -> None:
+    model = build(name).eval()
+    with torch.no_grad():
+        for head in model.bbox_embed:
+            head.zero_last_layer()
+            head.layers[-1].bias[0] = 0.5
+        inputs = model.preprocess_image(tiny.batch())
+        prediction = model.predict(inputs)
+    first, last = (x[..., 0].logit() for x in prediction.layer_boxes)
+    moved = 0.0 if name == "DeformableDETR" else 0.5  # without refinement all layers start from the same point
+    inside = last < 4  # further out the inverse sigmoid's bound is felt
+    torch.testing.assert_close(last[inside], (first + moved)[inside], rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_of_refined_boxes_stop_at_the_layer_before(name: str) -> None:
+    model = build(name).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    if name == "DeformableDETR":
+        assert len(set(model.bbox_embed)) == 1
+        return
+    prediction = model.predict(model.preprocess_image(tiny.batch()), model.targets(tiny.batch()))
+    assert len(set(model.bbox_embed)) == len(model.bbox_embed)
+    prediction.boxes.square().sum().backward()
+    first, last = (head.layers[0].weight.grad for head in model.bbox_embed[:2])
+    assert not first.any() and last.any()
+
+
+def test_heads_start_from_the_releases_values(name: str) -> None:
+    model = build(name)
+    sizes = [head.layers[-1].bias.tolist() for head in model.bbox_embed]
+    expected = [[0.0] * 4] * len(sizes)
+    if name == "DeformableDETR":
+        expected = [[0.0, 0.0, -2.0, -2.0]] * len(sizes)
+    elif "two-stage" not in name:
+        expected = [[0.0, 0.0, -2.0, -2.0], *expected[1:]]
+    assert sizes == expected
+    assert {round(float(b), 3) for head in model.class_embed for b in head.bias.detach()} == {-4.595}
+
+
+# What is of one of them alone does not go over all names.
+def only(name: str, wanted: str) -> None:
+    if name != wanted:
+        pytest.skip(f"of {wanted}")
+
+
+def test_proposals_are_trained_for_one_label_and_have_a_row_for_it(name: str) -> None:
+    only(name, "DeformableDETR two-stage")
+    model = build(name).train()
+    inputs = tiny.batch()
+    prediction = model.predict(model.preprocess_image(inputs), model.targets(inputs))
+    assert isinstance(prediction, TwoStagePrediction)
+    tokens = 5 * 6 + 3 * 3 + 2 * 2
+    assert prediction.proposals.logits.shape == (2, tokens, tiny.NUM_CLASSES + 1)
+    losses = model(inputs)
+    assert {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"} <= losses.keys()
+    for x in inputs:
+        x["instances"].gt_classes = (x["instances"].gt_classes + 1) % tiny.NUM_CLASSES
+    others = model(inputs)
+    assert torch.equal(others["loss_ce_enc"], losses["loss_ce_enc"]) and others["loss_ce"] != losses["loss_ce"]
+
+
+def test_padding_is_chosen_last(name: str) -> None:
+    only(name, "DeformableDETR two-stage")
+    model = build(name).eval()
+    small, large = tiny.picture(64, 96, 0, seed=1), tiny.picture(128, 160, 0, seed=2)
+    with torch.no_grad():
+        for parameter in (model.transformer.enc_output.weight, model.class_embed[-1].weight):
+            parameter.normal_()
+        model.transformer.enc_output_norm.bias.normal_()
+        references = []
+        decoder = model.transformer.decoder
+        decoder.register_forward_pre_hook(lambda *a: references.append(a[2]["reference"]), with_kwargs=True)
+        model.predict(model.preprocess_image([small, large]))
+    # An unusable token proposes the box 1, 1, 1, 1.
+    assert (references[0] < 1).all()
+
+
+def test_without_refinement_there_are_no_two_stages(name: str) -> None:
+    only(name, "DeformableDETR two-stage")
+    with pytest.raises(ValueError, match=r"TWO_STAGE needs MODEL\.DEFORMABLE\.BOX_REFINEMENT"):
+        build(name, BOX_REFINEMENT=False)
+
+
+def test_patterns_multiply_the_set(name: str) -> None:
+    only(name, "DABDeformableDETR")
+    cfg = cfg_of(name)
+    cfg.MODEL.DAB.NUM_PATTERNS = 2
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        prediction = model.predict(model.preprocess_image(tiny.batch()))
+        model.patterns_embed.weight[1] = model.patterns_embed.weight[0]
+        same = model.predict(model.preprocess_image(tiny.batch()))
+    assert prediction.logits.shape == (2, 14, tiny.NUM_CLASSES)
+    assert not torch.allclose(prediction.logits[:, :7], prediction.logits[:, 7:], atol=1e-3)
+    torch.testing.assert_close(same.boxes[:, :7], same.boxes[:, 7:])
+
+
+@pytest.mark.parametrize("key", ["NUM_PATTERNS", "FIX_CENTRES"])
+def test_settings_of_dab_detr_that_it_does_not_have_are_refused(name: str, key: str) -> None:
+    if (name == "DABDeformableDETR" and key == "NUM_PATTERNS") or name.startswith("DeformableDETR"):
+        pytest.skip("has it, or has nothing of DAB-DETR")
+    cfg = cfg_of(name)
+    cfg.MODEL.DAB[key] = type(cfg.MODEL.DAB[key])(1)
+    with pytest.raises(ValueError, match=rf"MODEL\.DAB\.{key}"):
+        build_model(cfg)
+
+
+def test_denoising_changes_no_matching_query(name: str) -> None:
+    only(name, "DNDeformableDETR")
+    model = build(name).train()
+    inputs = tiny.batch()
+    with torch.no_grad():
+        with_groups = model.predict(model.preprocess_image(inputs), model.targets(inputs))
+        without = model.predict(model.preprocess_image(inputs))
+    assert len(with_groups.groups) == 9
+    torch.testing.assert_close(with_groups.logits, without.logits, rtol=1e-4, atol=1e-5)
+    losses = model(inputs)
+    assert {"loss_ce_dn", "loss_bbox_dn_0", "loss_giou_dn"} <= losses.keys()
