@@ -69,8 +69,19 @@ def _join() -> None:
             )
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    comm.create_local_process_group(local_size)
+    _make_local_group(local_size)
     comm.synchronize()
+
+
+def _make_local_group(size: int) -> None:
+    """Tell Detectron2 which processes are on this machine."""
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(size)
+        return
+    for first in range(0, comm.get_world_size(), size):  # Detectron2 0.6 does this in its launcher
+        group = dist.new_group(list(range(first, first + size)))
+        if first <= comm.get_rank() < first + size:
+            comm._LOCAL_PROCESS_GROUP = group
 
 
 def leave_process_group() -> None:

@@ -96,3 +96,18 @@ def test_torchruns_environment_is_followed(monkeypatch: pytest.MonkeyPatch) -> N
         processes.launch(ran.append, args)
     processes.launch(ran.append, parser.parse_args([]))
     assert len(ran) == 2 and ran[1].num_gpus == 1
+
+
+def local_groups_of_release_0_6() -> None:
+    """Four processes as two machines of two, with a Detectron2 that has no function for it."""
+    if hasattr(comm, "create_local_process_group"):
+        del comm.create_local_process_group
+    comm._LOCAL_PROCESS_GROUP = None
+    processes._make_local_group(2)
+    assert (comm.get_local_rank(), comm.get_local_size()) == (comm.get_rank() % 2, 2)
+    leave_process_group()
+
+
+@pytest.mark.slow
+def test_groups_of_one_machine_without_detectron2s_help() -> None:
+    launch(local_groups_of_release_0_6, 4, dist_url="auto")
