@@ -8,12 +8,13 @@ ARGS ?=
 SETUP = "$(PYTHON)" tools/setup_env.py $(if $(EXTRAS),--extras "$(EXTRAS)") $(if $(filter-out file,$(origin PYTHON)),--exact-python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint
+.PHONY: help setup quickstart test lint figures
 
 help:
 	@echo "make quickstart   train a small detector on generated pictures, evaluate it, draw its predictions"
 	@echo "make test         run the default test suite          (ARGS='-k matcher' passes options to pytest)"
 	@echo "make lint         ruff and mypy"
+	@echo "make figures      draw the docs' figures anew, training a small detector for them (minutes)"
 	@echo "make setup        only make or complete .venv         (EXTRAS=parity adds requirements/parity.txt)"
 	@echo
 	@echo "Each makes .venv where it is missing. PYTHON=python3.12 names the Python to make it with (3.10 or newer)."
@@ -34,3 +35,6 @@ test: setup
 lint: setup
 	@.venv/bin/python -m ruff check .
 	@.venv/bin/python -m mypy
+
+figures: setup
+	@.venv/bin/python tools/make_figures.py $(ARGS)

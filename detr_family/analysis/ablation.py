@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See the module."""
     parser.add_argument("--spec", type=Path, required=True, metavar="FILE", help="the list of settings")
     parser.add_argument(
+        "--config-file", default="", metavar="FILE", help="in place of the list's own config, for rows that name none"
+    )
+    parser.add_argument(
         "--seeds", type=command_line.whole_numbers, default=[], metavar="N,N", help="in place of the list's: 0,1,2"
     )
     parser.add_argument(
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[Path]:
     """See the module."""
-    spec = read_spec(args.spec)
+    spec = read_spec(args.spec, args.config_file)
     jobs = jobs_of(spec, args.output, args.opts, args.seeds)
     failed = train(jobs, find_train_net(args.train_net), args.num_gpus)
     rows = compare(spec, jobs)

@@ -12,7 +12,10 @@ from pathlib import Path
 from detr_family.analysis.style import house_style
 
 # The module of each has add_arguments(parser), run(args) -> files written, and a docstring that says what it is.
-COMMANDS = ("layers", "attention", "queries", "positional", "matching", "denoising", "convergence", "ablation")
+COMMANDS = (
+    *("layers", "attention", "queries", "positional", "matching", "denoising"),
+    *("convergence", "ablation"),
+)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -71,11 +71,13 @@ def read_runs(folders: Sequence[Sequence[str]], key: str, iterations_per_epoch: 
     for label, folder in folders:
         metrics = read_metrics(os.path.join(folder, "metrics.json"))
         length = iterations_per_epoch or epoch_length(folder)
+        # Detectron2 numbers the evaluation after the last step one higher than those between steps.
+        steps = max((e["iteration"] + 1 for e in metrics if "total_loss" in e), default=-1)
         points = []
         for entry in metrics:
             value = entry.get(key)
             if isinstance(value, (int, float)) and math.isfinite(value):
-                done = entry["iteration"] + 1
+                done = entry["iteration"] + (entry is not metrics[-1] or entry["iteration"] != steps)
                 points.append((done, done / length if length else math.nan, float(value)))
         runs.append(Run(label, str(folder), points))
     if not any(run.points for run in runs):

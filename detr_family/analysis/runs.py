@@ -72,8 +72,12 @@ class Spec:
     shapes: dict[str, Any] | None
 
 
-def read_spec(path: Path) -> Spec:
+def read_spec(path: Path, config: str = "") -> Spec:
     """Read a list.
+
+    Args:
+        path: the YAML file.
+        config: takes the place of the list's own `config`, for the rows that name none.
 
     Raises:
         ValueError: the file is missing, is no YAML, has unknown or missing keys, or two rows of one name.
@@ -88,10 +92,9 @@ def read_spec(path: Path) -> Spec:
     rows = []
     for entry in data["rows"]:
         _known(entry, _ROW_KEYS, f"a row of {path}")
-        config = entry.get("config", data.get("config"))
-        if "name" not in entry or not config:
+        file = _config_of(path, entry, data, config)
+        if "name" not in entry or file is None:
             raise ValueError(f"{path}: the row {entry} needs a name, and a config here or above")
-        file = (path.parent / config).resolve()
         if not file.is_file():
             raise ValueError(f"{path}: there is no configuration {file}")
         rows.append(Row(str(entry["name"]), file, as_opts(entry.get("opts") or {}), entry.get("published")))
@@ -105,6 +108,14 @@ def read_spec(path: Path) -> Spec:
     if shapes is not None:
         _known(shapes, {"train", "val", "size", "seed"}, f"shapes of {path}")
     return Spec(tuple(rows), tuple(seeds), as_opts(data.get("opts") or {}), shapes)
+
+
+def _config_of(path: Path, entry: dict[str, Any], data: dict[str, Any], config: str) -> Path | None:
+    """The configuration of a row: its own, that of the command line, that of the list."""
+    if "config" not in entry and config:
+        return Path(config).resolve()
+    named = entry.get("config", data.get("config"))
+    return (path.parent / named).resolve() if named else None
 
 
 def _known(data: Any, keys: set[str], where: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from detr_family.analysis import runs
 from detr_family.analysis.command_line import main
+from detr_family.config import load_config
 
 # In place of train_net.py: an AP made of what it was called with, one more each time it is called in a folder.
 STAND_IN = """
@@ -85,6 +86,13 @@ def test_the_command_lines_options_win(spec: Path) -> None:
     assert job.opts == ("SOLVER.MAX_ITER", "10", "MODEL.DETR.NUM_QUERIES", "5", "SOLVER.MAX_ITER", "3")
 
 
+def test_another_configuration_for_rows_that_name_none(spec: Path) -> None:
+    (spec.parent / "other.yaml").write_text("VERSION: 2\n")
+    spec.write_text(SPEC.replace('{name: "more", ', '{name: "more", config: small.yaml, '))
+    rows = runs.read_spec(spec, str(spec.parent / "other.yaml")).rows
+    assert [row.config.name for row in rows] == ["other.yaml", "small.yaml"]
+
+
 def test_generated_pictures(spec: Path) -> None:
     spec.write_text(SPEC + "shapes: {train: 2, val: 1, size: [32, 40]}\n")
     job = runs.jobs_of(runs.read_spec(spec), spec.parent / "o")[0]
@@ -119,9 +127,11 @@ def test_missing_files(spec: Path) -> None:
     assert runs.find_train_net(None).name == "train_net.py"
 
 
-def test_lists_of_the_project_can_be_read() -> None:
+def test_lists_of_the_project_load_with_all_their_options() -> None:
     for path in sorted((Path(__file__).resolve().parents[2] / "projects").glob("*/*.yaml")):
-        assert runs.read_spec(path).rows
+        spec = runs.read_spec(path)
+        for row in spec.rows:
+            load_config(str(row.config), [*spec.opts, *row.opts])
 
 
 def test_progress_is_read_from_the_run(work: Any) -> None:

@@ -55,6 +55,14 @@ def test_where_epochs_cannot_be_known_iterations_are_drawn(work: Any) -> None:
         assert curves.draw_curves(known, "y", "t").axes[0].get_xlabel() == "epoch"
 
 
+def test_the_evaluation_after_the_last_step_counts_as_at_its_end(work: Any) -> None:
+    folder = run_folder(work, "a", [1, 2])
+    with (work.folder / "a" / "metrics.json").open("a") as file:
+        file.write(json.dumps({"iteration": 5, "total_loss": 1.0}) + "\n" + json.dumps({"iteration": 6, "bbox/AP": 3}))
+    runs = curves.read_runs([("a", folder)], "bbox/AP", iterations_per_epoch=2)
+    assert [p[1] for p in runs[0].points] == [1.0, 2.0, 3.0]
+
+
 def test_runs_without_an_evaluation(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
     empty, nan = run_folder(work, "empty", []), run_folder(work, "nan", [float("nan")])
     with pytest.raises(SystemExit, match=r"no run has 'bbox/AP' in its metrics\.json"):
