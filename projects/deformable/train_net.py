@@ -9,20 +9,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from detectron2.engine import default_argument_parser, launch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import projects.deformable  # noqa: F401  (registers meta-architectures and keys)
+from detr_family.engine.processes import argument_parser, launch
 from train_net import main
 
 if __name__ == "__main__":
-    args = default_argument_parser(epilog=__doc__).parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, argument_parser(epilog=__doc__).parse_args())
