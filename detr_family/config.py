@@ -128,6 +128,7 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
     # Stages that the detector sees: p0, p1, p2, p3 of strides 4, 8, 16, 32.
     cfg.MODEL.SWIN.OUT_FEATURES = ["p1", "p2", "p3"]
+
     cfg.MODEL.DN = CfgNode()
     # Denoising groups in training, each with every box of a picture; 0: no denoising (DN-DETR, section 4.2, table 5).
     cfg.MODEL.DN.GROUPS = 5
@@ -138,6 +139,39 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Largest shift of a box's centre, in half widths and heights, and largest relative change of its width and
     # height (DN-DETR, section 4.2, lambda).
     cfg.MODEL.DN.BOX_NOISE = 0.4
+
+    cfg.MODEL.DINO = CfgNode()
+    # Feature levels. The coarsest maps of the backbone are taken, as many as there are; further levels are made from
+    # the last one by strided convolutions (DINO, section 4.1: 4 or 5).
+    cfg.MODEL.DINO.NUM_LEVELS = 4
+    # Points that a head samples on each level, in the encoder and in the decoder (Deformable DETR, section 4.1: K).
+    cfg.MODEL.DINO.ENC_POINTS = 4
+    cfg.MODEL.DINO.DEC_POINTS = 4
+    # Where the decoder's first queries come from: "mixed" (anchors from the encoder, learned content), "pure" (content
+    # from the encoder too) or "none" (both learned) (DINO, section 3.4, table 4).
+    cfg.MODEL.DINO.QUERY_SELECTION = "mixed"
+    # A layer's box loss also reaches the layer before (DINO, section 3.5, figure 6); False: look forward once.
+    cfg.MODEL.DINO.LOOK_FORWARD_TWICE = True
+    # One class and one box head for all decoder layers; False: one of each per layer.
+    cfg.MODEL.DINO.SHARE_HEADS = True
+    # "contrastive", "dn" (positives alone, noised as in DN-DETR) or "none" (DINO, section 3.3, table 4).
+    cfg.MODEL.DINO.DENOISING = "contrastive"
+    # Pairs of a positive and a negative (of "dn": positives) per picture. They make as many groups as the most crowded
+    # picture of the batch allows, at least one (DINO, section D.2: 100).
+    cfg.MODEL.DINO.DN_PAIRS = 100
+    # The most denoising queries of a picture. Where one group alone would be more, it has a random choice of the boxes.
+    cfg.MODEL.DINO.DN_MAX_QUERIES = 200
+    # A label is flipped with half this probability, the true one included among the draws, as in the release.
+    cfg.MODEL.DINO.LABEL_NOISE = 0.5
+    # Scale of the box noise: corners of a positive move by less than this times half of the width and height, those
+    # of a negative by once to twice as much (DINO, section 3.3, lambda_1 and lambda_2). Of "dn": as MODEL.DN.BOX_NOISE.
+    cfg.MODEL.DINO.BOX_NOISE = 1.0
+    # Leave out negatives whose noise has turned width or height negative. The release keeps them.
+    cfg.MODEL.DINO.DN_DROP_INVERTED = False
+    # What is predicted for a picture does not depend on what it is batched with. False, as in the release: padding
+    # counts in the statistics of the group norm after the projection of feature maps, competes with a picture's tokens
+    # in query selection, and shrinks the anchors that queries are encoded from.
+    cfg.MODEL.DINO.IGNORE_PADDING = False
 
     # The backbone's learning rate as a factor of SOLVER.BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1

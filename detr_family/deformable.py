@@ -16,12 +16,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from detr_family.layers.deformable_attention import MSDeformAttn
 
@@ -151,15 +149,15 @@ class LevelProjections(nn.ModuleList):
         channels: of the backbone's maps, finest first.
         dim: D, a multiple of 4.
         num_levels: L. Where the backbone has more maps than that, the coarsest L are used.
-        norm_over_padding: padding counts in the statistics of the normalisation, as in the releases. False: a
-            picture's features do not depend on what it is batched with.
+        ignore_padding: padding does not count in the statistics of the normalisation and is not read by strided
+            convolutions, so that a picture's features do not depend on what it is batched with. The releases: False.
     """
 
-    def __init__(self, channels: Sequence[int], dim: int, num_levels: int, *, norm_over_padding: bool) -> None:
+    def __init__(self, channels: Sequence[int], dim: int, num_levels: int, *, ignore_padding: bool) -> None:
         super().__init__()
         self.num_levels = num_levels
         self.num_maps = min(len(channels), num_levels)
-        self.norm_over_padding = norm_over_padding
+        self.ignore_padding = ignore_padding
         convolutions = [nn.Conv2d(c, dim, kernel_size=1) for c in channels[-self.num_maps :]]
         for i in range(num_levels - self.num_maps):
             convolutions.append(nn.Conv2d(dim if i else channels[-1], dim, kernel_size=3, stride=2, padding=1))
@@ -185,7 +183,7 @@ class LevelProjections(nn.ModuleList):
         pixels = mask[None].float()
         masks = [F.interpolate(pixels, size=size)[0].bool() for size in sizes]
 
-        apart = padded and not self.norm_over_padding
+        apart = padded and self.ignore_padding
         projected: list[Tensor] = []
         for i, projection in enumerate(self):
             x = maps[min(i, self.num_maps - 1)] if i <= self.num_maps else projected[-1]
@@ -213,40 +211,31 @@ def level_position(encodings: Sequence[Tensor], level_embed: Tensor) -> Tensor:
     return torch.cat([x.flatten(1, 2) + level for x, level in zip(encodings, level_embed, strict=True)], 1)
 
 
-def best_tokens(scores: Tensor, usable: Tensor, count: int) -> Tensor:
-    """The tokens of highest score that may be chosen; where these are fewer than `count`, they are chosen in turns.
+def best_tokens(scores: Tensor, usable: Tensor, count: int, *, ignore_padding: bool) -> tuple[Tensor, Tensor]:
+    """The tokens of highest score, padding never among them.
 
     Args:
-        scores: (B, S).
-        usable: (B, S) bool; at least one token of each picture is.
+        scores: (B, S); of a token that is not usable, the score of a memory of zeros.
+        usable: (B, S) bool, as `Levels.proposals` says.
         count: Q.
+        ignore_padding: only usable tokens compete. False: as in the releases, where the score of zeros is better than
+            that of a usable token, a place that could have been the latter's stays empty: so a picture's tokens
+            compete with its padding.
 
     Returns:
-        (B, Q) int64, best first.
+        (B, Q) int64 indices, best first, and (B, Q) bool, whether there is a token at all: an empty place is to have a
+        memory of zeros and an infinite box. A picture with fewer tokens than Q has empty places, too.
     """
-    order = scores.masked_fill(~usable, -torch.inf).topk(min(count, scores.shape[1]), 1).indices
-    rank = torch.arange(count, device=scores.device) % usable.sum(1, keepdim=True).clamp(1, order.shape[1])
-    return order.gather(1, rank)
+    if ignore_padding:
+        scores = scores.masked_fill(~usable, -torch.inf)
+    index = scores.topk(min(count, scores.shape[1]), 1).indices
+    missing = count - index.shape[1]
+    return F.pad(index, (0, missing)), F.pad(usable.gather(1, index), (0, missing))
 
 
-def take_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """(B, S, C) and (B, Q) int64 -> (B, Q, C)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def run_layer(layer: nn.Module, *args: Any, recompute: bool, **kwargs: Any) -> Any:
-    """Call a layer.
-
-    Args:
-        layer: to be called.
-        args: its arguments.
-        recompute: keep only the layer's inputs for the backward pass and compute what is inside once more there
-            (activation checkpointing): less memory, the same gradients.
-        kwargs: its keyword arguments.
-    """
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(layer, *args, use_reentrant=False, **kwargs)
-    return layer(*args, **kwargs)
+def take_tokens(x: Tensor, index: Tensor, found: Tensor, empty: float) -> Tensor:
+    """(B, S, C), and indices and places of `best_tokens` -> (B, Q, C), `empty` where a place is empty."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])).masked_fill(~found[..., None], empty)
 
 
 class DeformableEncoder(nn.Module):
@@ -254,21 +243,17 @@ class DeformableEncoder(nn.Module):
 
     Args:
         layers: the layers, first to last.
-        recompute: see `run_layer`.
     """
 
-    def __init__(self, layers: Sequence[DeformableEncoderLayer], *, recompute: bool) -> None:
+    def __init__(self, layers: Sequence[DeformableEncoderLayer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.recompute = recompute
 
     def forward(self, tokens: Tensor, *, position: Tensor, levels: Levels) -> Tensor:
         """(B, S, D) tokens and their encoding (B, S, D) -> (B, S, D) memory."""
         reference = levels.on_levels(levels.centres)
         for layer in self.layers:
-            tokens = run_layer(
-                layer, tokens, position=position, reference=reference, levels=levels, recompute=self.recompute
-            )
+            tokens = layer(tokens, position=position, reference=reference, levels=levels)
         return tokens
 
 

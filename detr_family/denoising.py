@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.structures import Assignment, SetPrediction, Targets
@@ -179,6 +180,91 @@ def denoising_groups(
         num_queries=num_queries,
         eps=eps,
     )
+
+
+def noise_corners(
+    boxes_cxcywh: Tensor, scale: float, farther: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """Box noise of contrastive denoising (DINO, section 3.3): each corner coordinate moves, either way, by less than
+    `scale` times half of the width or height, or where it is to be farther by once to twice as much.
+
+    Args:
+        boxes_cxcywh: (..., 4) in [0, 1].
+        scale: lambda_1; lambda_2 is twice as much.
+        farther: (...) bool, True for negatives.
+        generator: of the boxes' device; None is torch's global one.
+
+    Returns:
+        as `boxes_cxcywh`, its corners clamped to [0, 1]. Width and height of a negative may have become negative.
+    """
+    draw = torch.rand(2, *boxes_cxcywh.shape, device=boxes_cxcywh.device, generator=generator)
+    distance = draw[0] + farther[..., None].to(draw.dtype)
+    sign = (draw[1] < 0.5).to(draw.dtype) * 2 - 1
+    most = torch.cat([boxes_cxcywh[..., 2:]] * 2, -1) / 2  # w, h, w, h
+    corners = box_convert(boxes_cxcywh, "cxcywh", "xyxy") + sign * distance * most * scale
+    return box_convert(corners.clamp(0, 1), "xyxy", "cxcywh")
+
+
+def contrastive_groups(
+    targets: Targets,
+    *,
+    num_classes: int,
+    num_queries: int,
+    num_groups: int,
+    max_queries: int,
+    label_noise: float,
+    box_noise: float,
+    drop_inverted: bool,
+    eps: float,
+    generator: torch.Generator | None = None,
+) -> DenoisingGroups:
+    """DINO's groups (section 3.3): every group holds every box of a picture twice, as a positive with little noise
+    that is to be restored and as a negative with more of it that is to be rejected. The positives stand first.
+
+    Args:
+        targets: ground truth of the batch, possibly without any box.
+        num_classes: K.
+        num_queries: Q, matching queries that stand behind the denoising ones.
+        num_groups: G.
+        max_queries: the most denoising queries of a picture, at least 2 * G; see `denoising_groups`.
+        label_noise: probability of a flipped label.
+        box_noise: see `noise_corners`.
+        drop_inverted: a negative of negative width or height is left out: it becomes padding. The release keeps it,
+            with that width or height as small as `eps` allows.
+        eps: of the inverse sigmoid.
+        generator: of the targets' device; None is torch's global one.
+
+    Returns:
+        R = 2 * G * min(largest number of boxes in a picture, max_queries // (2 * G)) queries; only the positives
+        are `known`.
+    """
+    target, slot, num_slots = box_slots(targets, num_groups, max_queries // (2 * num_groups), generator)
+    group = torch.arange(num_groups, device=slot.device)[:, None]
+    positive = (group * 2 * num_slots + slot).flatten()
+    query = torch.cat([positive, positive + num_slots])
+    positive_target = target.flatten()
+    target = positive_target.repeat(2)
+    negative = torch.arange(len(query), device=query.device) >= len(positive)
+    boxes = noise_corners(targets.boxes_cxcywh[target], box_noise, negative, generator)
+    groups = fill_groups(
+        targets,
+        target=target,
+        query=query,
+        labels=flip_labels(targets.labels[target], num_classes, label_noise, generator),
+        boxes_cxcywh=boxes,
+        known=Assignment(positive[None], positive_target[None]),
+        num_groups=num_groups,
+        group_size=2 * num_slots,
+        num_queries=num_queries,
+        eps=eps,
+    )
+    if drop_inverted:
+        inverted = negative & (boxes[:, 2:] < 0).any(1)
+        dropped = torch.zeros_like(groups.padding).index_put((targets.image[target], query), inverted)
+        groups.labels = groups.labels.masked_fill(dropped, 0)
+        groups.anchors = groups.anchors.masked_fill(dropped[..., None], 0.0)
+        groups.padding = groups.padding | dropped
+    return groups
 
 
 def box_slots(

@@ -105,3 +105,7 @@ class Assignment:
     def layers(self, start: int, stop: int | None = None) -> Assignment:
         """The pairs of decoder layers start..stop only."""
         return Assignment(self.query[start:stop], self.target[start:stop])
+
+    def expand(self, num_layers: int) -> Assignment:
+        """The pairs of one layer for each of `num_layers` layers."""
+        return Assignment(self.query.expand(num_layers, -1), self.target.expand(num_layers, -1))

@@ -98,8 +98,16 @@ def loss_name(released: str) -> str:
     return re.sub(r"^tgt_(loss_[a-z]+)", r"\1_dn", released)
 
 
-def compare_training(model: nn.Module, golden: SimpleNamespace) -> None:
-    """Every weighted loss, their sum, and the gradient norm of every parameter."""
+def compare_training(model: nn.Module, golden: SimpleNamespace, *, gradients: float = 1e-3) -> None:
+    """Every weighted loss, their sum, and the gradient norm of every parameter.
+
+    Args:
+        model: filled with the golden weights.
+        golden: what the release computes.
+        gradients: how much a gradient norm may differ, relative. Deformable attention needs 3e-3: where a sampled
+            point crosses from one pixel to the next its gradient jumps, and the order of sums, which the number of
+            threads decides, is enough for a point to cross.
+    """
     model.train()
     losses = model(batch())
     expected = {loss_name(k): golden.losses[k] * w for k, w in golden.weights.items() if k in golden.losses}
@@ -118,5 +126,5 @@ def compare_training(model: nn.Module, golden: SimpleNamespace) -> None:
     for name, value in theirs.items():
         # The slope of a PReLU is one number, the sum of a million terms that cancel: in float64 those of DN-DETR's
         # encoder differ from the release's float32 by up to 1 %.
-        rel = 2e-2 if name in single else 1e-3
+        rel = 2e-2 if name in single else gradients
         assert ours[name] == pytest.approx(value, rel=rel, abs=1e-6 * scale), name

@@ -74,20 +74,20 @@ def test_proposals_have_a_size_for_each_level_and_none_come_from_padding_or_the_
 def test_further_levels_come_from_strided_convolutions() -> None:
     torch.manual_seed(0)
     maps = [torch.randn(2, 12, 9, 13), torch.randn(2, 20, 5, 7)]
-    projections = LevelProjections([12, 20], 16, 4, norm_over_padding=True)
+    projections = LevelProjections([12, 20], 16, 4, ignore_padding=False)
     mask = torch.zeros(2, 72, 104, dtype=torch.bool)
     projected, level_masks = projections(maps, mask, padded=False)
     assert [tuple(x.shape) for x in projected] == [(2, 16, 9, 13), (2, 16, 5, 7), (2, 16, 3, 4), (2, 16, 2, 2)]
     assert [x.shape[1:] for x in level_masks] == [x.shape[2:] for x in projected]
     assert projections[2][0].in_channels == 20 and projections[3][0].in_channels == 16
-    coarsest, _ = LevelProjections([12, 20], 16, 1, norm_over_padding=True)(maps, mask, padded=False)
+    coarsest, _ = LevelProjections([12, 20], 16, 1, ignore_padding=False)(maps, mask, padded=False)
     assert len(coarsest) == 1 and coarsest[0].shape == (2, 16, 5, 7)
 
 
-@pytest.mark.parametrize("over_padding", [True, False])
-def test_projections_do_not_see_padding_when_so_wished(over_padding: bool) -> None:
+@pytest.mark.parametrize("ignored", [True, False])
+def test_projections_do_not_see_padding_when_so_wished(ignored: bool) -> None:
     torch.manual_seed(0)
-    projections = LevelProjections([12], 16, 3, norm_over_padding=over_padding)
+    projections = LevelProjections([12], 16, 3, ignore_padding=ignored)
     small = torch.randn(1, 12, 4, 8)
     large = torch.randn(1, 12, 8, 16)
     large[:, :, :4, :8] = small
@@ -98,7 +98,7 @@ def test_projections_do_not_see_padding_when_so_wished(over_padding: bool) -> No
     for a, b, m in zip(alone, padded, level_masks, strict=True):
         height, width = a.shape[-2:]
         assert (~m).sum() == height * width
-        assert torch.allclose(a, b[..., :height, :width], atol=1e-5) == (not over_padding)
+        assert torch.allclose(a, b[..., :height, :width], atol=1e-5) == ignored
 
 
 def test_masked_group_norm_without_padding_is_torchs() -> None:
@@ -122,37 +122,31 @@ def test_tokens_and_their_encodings_go_together() -> None:
 def test_the_best_usable_tokens_are_chosen() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.5, 0.7], [0.4, 0.3, 0.2, 0.8]])
     usable = torch.tensor([[True, False, True, True], [True, True, True, True]])
-    assert best_tokens(scores, usable, 2).tolist() == [[3, 2], [3, 0]]
-    assert best_tokens(scores, usable, 6).tolist() == [[3, 2, 0, 3, 2, 0], [3, 0, 1, 2, 3, 0]]
+    index, found = best_tokens(scores, usable, 2, ignore_padding=True)
+    assert index.tolist() == [[3, 2], [3, 0]] and found.all()
+    index, found = best_tokens(scores, usable, 6, ignore_padding=True)
+    assert index[1, :4].tolist() == [3, 0, 1, 2]
+    assert found.sum(1).tolist() == [3, 4] and found[0, :3].all()
+    index, found = best_tokens(scores, usable, 2, ignore_padding=False)
+    assert index.tolist() == [[1, 3], [3, 0]] and found.tolist() == [[False, True], [True, True]]
     x = torch.randn(2, 4, 5)
-    assert torch.equal(take_tokens(x, torch.tensor([[2, 2], [0, 1]]))[0, 1], x[0, 2])
+    taken = take_tokens(x, index, found, 7.0)
+    assert (taken[0, 0] == 7).all() and torch.equal(taken[0, 1], x[0, 3]) and torch.equal(taken[1, 1], x[1, 0])
 
 
-def encoder(recompute: bool) -> DeformableEncoder:
+def encoder() -> DeformableEncoder:
     torch.manual_seed(3)
     layers = [
         DeformableEncoderLayer(16, 2, 24, 0.1, num_levels=3, num_points=2, activation=nn.ReLU()) for _ in range(2)
     ]
-    stack = DeformableEncoder(layers, recompute=recompute)
+    stack = DeformableEncoder(layers)
     init_transformer(stack)
     return stack
 
 
-def test_checkpointed_activations_give_the_same_gradients_and_dropout() -> None:
-    levels = Levels.from_masks(masks(((8, 12), (4, 6))), padded=True)
-    grads = []
-    for recompute in (False, True):
-        stack = encoder(recompute).train()
-        torch.manual_seed(5)
-        tokens = torch.randn(2, 126, 16, requires_grad=True)
-        stack(tokens, position=torch.ones(2, 126, 16), levels=levels).square().sum().backward()
-        grads.append([tokens.grad, *(p.grad for p in stack.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
 def test_the_encoder_does_not_read_padding() -> None:
     levels = Levels.from_masks(masks(((4, 6),)), padded=True)
-    stack = encoder(False).eval()
+    stack = encoder().eval()
     tokens = torch.randn(1, 126, 16)
     other = torch.where(levels.padding[..., None], torch.randn_like(tokens), tokens)
     with torch.no_grad():
@@ -180,7 +174,7 @@ def test_a_blocked_query_is_not_seen() -> None:
 
 
 def test_matrices_start_from_xaviers_values_and_offsets_from_their_ring() -> None:
-    layer = encoder(False).layers[0]
+    layer = encoder().layers[0]
     assert layer.self_attn.sampling_offsets.weight.abs().max() == 0
     assert layer.self_attn.sampling_offsets.bias.abs().max() == 2
     assert layer.linear1.weight.abs().max() <= (6 / (16 + 24)) ** 0.5

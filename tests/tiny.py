@@ -62,12 +62,21 @@ def dn_detr_cfg(cfg: CfgNode) -> None:
     cfg.MODEL.DN.GROUPS = 3
 
 
+def dino_cfg(cfg: CfgNode) -> None:
+    dab_detr_cfg(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "DINO"
+    dino = cfg.MODEL.DINO
+    dino.NUM_LEVELS, dino.ENC_POINTS, dino.DEC_POINTS, dino.DN_PAIRS = 3, 2, 5, 9
+    dino.IGNORE_PADDING = True
+
+
 # A detector joins every test of tests/test_detectors.py by its line here.
 DETECTORS: dict[str, Callable[[CfgNode], None]] = {
     "DETR": detr_cfg,
     "ConditionalDETR": conditional_detr_cfg,
     "DABDETR": dab_detr_cfg,
     "DNDETR": dn_detr_cfg,
+    "DINO": dino_cfg,
 }
 
 
@@ -101,7 +110,8 @@ def build(name: str, **keys: Any) -> SetDetector:
 def quiet(name: str) -> SetDetector:
     """The named tiny detector whose denoising queries have no noise: what it computes does not depend on a draw."""
     cfg = cfg_of(name)
-    cfg.MODEL.DN.LABEL_NOISE = cfg.MODEL.DN.BOX_NOISE = 0.0
+    for noise in (cfg.MODEL.DN, cfg.MODEL.DINO):
+        noise.LABEL_NOISE = noise.BOX_NOISE = 0.0
     torch.manual_seed(11)
     return build_model(cfg)
 

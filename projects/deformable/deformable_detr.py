@@ -228,7 +228,7 @@ def level_projections(backbone: Backbone, transformer: Any, *, ignore_padding: b
     """From all of the backbone's feature maps to the transformer's levels and width."""
     channels = [shape.channels for shape in backbone.output_shape().values()]
     return LevelProjections(
-        channels, transformer.dim, transformer.num_levels, norm_over_padding=not ignore_padding
+        channels, transformer.dim, transformer.num_levels, ignore_padding=ignore_padding
     )
 
 
@@ -484,7 +484,6 @@ def deformable_encoder(
             )
             for _ in range(count)
         ],
-        recompute=False,
     )  # fmt: skip
 
 
