@@ -199,7 +199,7 @@ def _lay_over(axes: Axes, looks: Looks, call: DenseCall | SamplingCall, query: i
             axes.scatter(
                 xy[chosen, 0],
                 xy[chosen, 1],
-                s=6 + 34 * strength,
+                s=3 + 22 * strength,
                 marker=style.MARKERS[level % len(style.MARKERS)],
                 color=colour,
                 alpha=0.25 + 0.75 * strength,

@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from detr_family.analysis import command_line, style
@@ -117,6 +117,9 @@ def learned_places(model: SetDetector) -> Tensor | None:
         return places.cpu()
     if isinstance(model, (DABDETR, DNDETR)):
         return model.anchors().sigmoid().cpu()
+    for name, module in model.named_modules():  # those on a deformable transformer
+        if name.endswith("refpoint_embed") and isinstance(module, nn.Embedding):
+            return module.weight.sigmoid().cpu()
     return None
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from detr_family.analysis import attention, loading
 from detr_family.analysis.attention_weights import DenseCall
+from detr_family.analysis.command_line import main
 
 
 @pytest.mark.parametrize("name", tiny.DETECTORS)
@@ -64,3 +65,9 @@ def test_without_encoder_layers_the_decoder_is_drawn(work: Any, capsys: pytest.C
 def test_mistakes(arguments: tuple[str, ...], message: str, work: Any) -> None:
     with pytest.raises(SystemExit, match=message):
         work.call("attention", "DETR", *arguments)
+
+
+def test_a_module_that_cannot_be_imported_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--import", "no_such_module", "attention", "--config-file", "x.yaml"])
+    assert "no_such_module cannot be imported" in capsys.readouterr().err

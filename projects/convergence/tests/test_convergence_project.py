@@ -15,7 +15,7 @@ import yaml
 from detr_family.analysis.runs import read_spec
 from detr_family.config import load_config
 
-PROJECT = Path(__file__).resolve().parents[2] / "projects" / "convergence"
+PROJECT = Path(__file__).resolve().parents[1]
 STAND_IN = """
 import json, pathlib, sys
 options = dict(zip(sys.argv[4::2], sys.argv[5::2]))
