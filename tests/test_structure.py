@@ -22,10 +22,11 @@ LEVELS = [
     ["__init__"],
     ["checkpoint"],
     ["datasets"],
-    ["dataset_mapper", "evaluation", "visualize"],
-    ["predictor"],
+    ["dataset_mapper", "evaluation", "visualize", "collect_env"],
+    ["predictor", "curves", "picture_scores"],
+    ["report"],
     ["engine"],
-    ["config_reference", "quickstart", "collect_env", "benchmarks", "data_check", "demo"],
+    ["config_reference", "quickstart", "benchmarks", "data_check", "demo"],
     ["analysis"],
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

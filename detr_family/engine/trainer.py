@@ -28,6 +28,7 @@ from detr_family.engine.optimizer import build_optimizer, clips_full_model
 from detr_family.engine.randomness import run_seed
 from detr_family.engine.schedule import iterations_from_epochs
 from detr_family.engine.step import TrainStep
+from detr_family.engine.watch import watching_hooks
 from detr_family.evaluation import build_evaluator
 
 _logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class Trainer(DefaultTrainer):
             hooks.insert(1, CallbackHook(after_step=lambda trainer: average.update()))
             after_evaluation = 1 + max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
             hooks.insert(after_evaluation, EvalHook(self.cfg.TEST.EVAL_PERIOD, self.test_average))
-        return hooks
+        return watching_hooks(self.cfg, hooks)
 
     def test_average(self) -> dict[str, Any]:
         """Evaluate the averaged weights; results go under `ema`, files into OUTPUT_DIR/ema."""
