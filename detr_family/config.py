@@ -211,9 +211,8 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.SOLVER.NONFINITE = "stop"
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes one more value, "full_model": the norm of the whole gradient.
 
-    # VIS_PERIOD, Detectron2's own: every so many iterations predictions are drawn beside ground truth, in TensorBoard
-    # and OUTPUT_DIR/vis, and curves.png and metrics.csv are written; 0: the last two at the end only.
-    # Write curves.png, metrics.csv and report.html, one page on the run, at its end.
+    # Write curves.png, metrics.csv and report.html, one page on the run, at its end. (Detectron2's VIS_PERIOD: every so
+    # many iterations predictions are drawn beside ground truth, in TensorBoard and OUTPUT_DIR/vis.)
     cfg.VIS_REPORT = True
 
     # Shorter sides that a picture is resized to before it is cropped, pixels (DETR, section A.4).
