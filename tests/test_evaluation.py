@@ -126,7 +126,8 @@ def noise_set(folder, name, count=5, **without):
     rng = np.random.default_rng(0)
     images, annotations = [], []
     for i in range(count):
-        height, width = ((48, 96), (64, 64), (96, 48))[i % 3]
+        # Multiples of 64, the coarsest stride: else the feature maps' sizes are rounded.
+        height, width = ((64, 128), (64, 64), (128, 64))[i % 3]
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"n{i}.png")
         images.append({"id": 10 * i + 3, "file_name": f"n{i}.png", "width": width, "height": height})
         for category in (3, 7, 100)[: i % 4]:
@@ -138,7 +139,7 @@ def noise_set(folder, name, count=5, **without):
 def evaluate(detector, name, batch, folder):
     """Inference through Detectron2's loop; the results and the detections written."""
     cfg = tiny.cfg_of(detector)
-    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.DATALOADER.NUM_WORKERS = 64, 96, 0
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.DATALOADER.NUM_WORKERS = 64, 128, 0
     cfg.TEST.IMS_PER_BATCH, cfg.OUTPUT_DIR = batch, str(folder / f"out{batch}")
     model = tiny.build(detector).eval()
     model.matcher = model.criterion = None  # an evaluation needs neither
