@@ -64,7 +64,7 @@ def test_only_float16_scales_the_loss(name: str) -> None:
     assert step.grad_scaler.is_enabled() and step.grad_scaler.state_dict()["scale"] > 1
     assert logged["total_loss"] > 0
     before = tiny.build(name).state_dict()
-    assert not torch.equal(step.model.state_dict()["input_proj.weight"], before["input_proj.weight"])
+    assert any(not torch.equal(value, before[key]) for key, value in step.model.state_dict().items())
     step, logged = steps(name, "bfloat16", 1)
     assert not step.grad_scaler.is_enabled() and logged["grad_norm"] > 0
 
