@@ -40,6 +40,8 @@ _RESNET_NAMES = (
     (r"\.downsample\.1\.", ".shortcut.norm."),
     (r"\.bn(\d)\.", r".conv\1.norm."),
 )
+# detrex lists a layer's attentions, feed-forward networks and norms; no release does.
+_DETREX_NAME = re.compile(r"transformer\.(encoder|decoder)\.layers\.\d+\.(attentions|ffns)\.\d+\.")
 # What Swin's files hold beside weights: buffers that follow from the sizes of windows and pictures.
 _SWIN_INDICES = re.compile(r"\.(relative_position_index|attn_mask)$")
 
@@ -284,6 +286,13 @@ class DETRCheckpointer(DetectionCheckpointer):
             checkpoint["model"] = checkpoint["ema"]["model"]
         state = {re.sub(r"^module\.", "", k): v for k, v in checkpoint["model"].items()}
         backbone_only = bool(checkpoint.get("matching_heuristics"))
+        if any(_DETREX_NAME.match(name) for name in state):
+            raise ValueError(
+                f"{self._path} is a checkpoint of detrex, whose detectors are not the papers' releases: its DINO, for "
+                "one, has a position encoding of temperature 10000 with an offset of -0.5, 80 classes and heads of "
+                "their own for each decoder layer, so that these weights would be wrong here without an error. Load "
+                "the paper's own release, or train"
+            )
         if any(name.startswith("backbone.0.") for name in state):
             checkpoint["class_names"] = _class_names(checkpoint)
             by_name = self.match_classes and checkpoint["class_names"] == COCO_NAMES
