@@ -264,16 +264,14 @@ class DETRCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
-            if filename.endswith(".pkl"):
-                loaded = _load_pickle(filename)
-            else:
-                with torch.serialization.safe_globals([argparse.Namespace]):
-                    loaded = super()._load_file(filename)
+            loaded = _load_pickle(filename) if filename.endswith(".pkl") else _load_torch(filename)
         except (pickle.UnpicklingError, EOFError, RuntimeError, UnicodeDecodeError, TypeError, KeyError) as error:
             raise ValueError(f"{self._path} is not a checkpoint that can be loaded safely: {error}") from error
         model = loaded.get("model") if isinstance(loaded, dict) else None
         if not isinstance(model, dict) or not model or not all(isinstance(name, str) for name in model):
             raise ValueError(f"{self._path} holds no weights: a dict of tensors, or one under 'model', is needed")
+        if "matching_heuristics=True" in self._path.partition("?")[2]:  # as Detectron2's addresses may end
+            loaded["matching_heuristics"] = True
         return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -524,6 +522,20 @@ class _ArraysOnly(pickle.Unpickler):
         if not self.allowed.fullmatch(f"{module}.{name}"):
             raise pickle.UnpicklingError(f"it holds a {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
+
+
+def _load_torch(filename: str) -> Any:
+    """What torch.save wrote, without running code from it.
+
+    Detectron2 leaves the choice to torch, and an environment variable (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD) could undo it.
+    """
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        loaded = torch.load(filename, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, dict):
+        return {}
+    if "model_state" in loaded and filename.endswith(".pyth"):  # pycls'
+        return {"model": loaded["model_state"], "__author__": "pycls", "matching_heuristics": True}
+    return loaded if "model" in loaded else {"model": loaded}
 
 
 def _load_pickle(filename: str) -> dict[str, Any]:

@@ -187,14 +187,19 @@ class Bomb:
         return (Path.touch, (self.path,))
 
 
+@pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("place", ["model", "class_names", "args"])
-@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
-def test_a_malicious_checkpoint_is_refused(suffix: str, place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".pyth", ".bin"])
+def test_a_malicious_checkpoint_is_refused(
+    suffix: str, place: str, forced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if forced:  # set by people who have old files of other projects
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     path = tmp_path / f"bomb{suffix}"
     bomb = Bomb(tmp_path / "exploded")
     content: dict[str, Any] = {"model": tiny.build("DETR").state_dict(), "class_names": NAMES}
     content[place] = {"weight": bomb} if place == "model" else [bomb]
-    torch.save(content, path) if suffix == ".pth" else path.write_bytes(pickle.dumps(content))
+    path.write_bytes(pickle.dumps(content)) if suffix == ".pkl" else torch.save(content, path)
     for use in (read_class_names, lambda weights: Predictor.from_config(config("DETR"), weights)):
         with pytest.raises(ValueError, match=r"bomb.* is not a checkpoint that can be loaded safely"):
             use(str(path))
