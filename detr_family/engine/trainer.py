@@ -150,19 +150,10 @@ class Trainer(DefaultTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The reverse of `state_dict`, but for the settings, which stay those of the configuration.
 
-        Raises:
-            ValueError: other parameters are trained than were.
+        A parameter that was not trained before starts with no history in the optimizer; one that is not trained any
+        more loses its history.
         """
-        names = self._trained_names()
-        before = state_dict.get("parameters", names)
-        if before != names:
-            old, new = ({name for group in groups for name in group} for groups in (before, names))
-            different = sorted(old ^ new) or ["the same, in another order"]
-            raise ValueError(
-                f"{len(different)} parameters are trained in one of this run and the checkpoint to resume, but not "
-                f"in the other ({', '.join(different[:3])} ...): set MODEL.DETR.FREEZE and MODEL.BACKBONE.FREEZE_AT "
-                "as they were, or start a new run in another OUTPUT_DIR with MODEL.WEIGHTS and without --resume"
-            )
+        state_dict = self._with_optimizer_by_name(state_dict)
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         rates = list(self.scheduler.base_lrs)
         super().load_state_dict(state_dict)
@@ -180,6 +171,23 @@ class Trainer(DefaultTrainer):
         if isinstance(self.data_loader, TrainLoader):
             self.data_loader.seed, self.data_loader.pictures = seed, self.pictures
         self._log_changes(state_dict.get("recipe", {}))
+
+    def _with_optimizer_by_name(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """`state_dict` with the optimizer's state in this run's order of parameters, which may be grouped otherwise."""
+        names = self._trained_names()
+        before = state_dict.get("parameters", names)
+        if before == names:
+            return state_dict
+        old, new = ([name for group in groups for name in group] for groups in (before, names))
+        _logger.warning(
+            "%d parameters are trained from here on that were not, %d are not trained any more",
+            len(set(new) - set(old)), len(set(old) - set(new)),
+        )  # fmt: skip
+        saved = state_dict["_trainer"]["optimizer"]["state"]
+        number = {name: i for i, name in enumerate(old)}
+        state = {i: saved[number[name]] for i, name in enumerate(new) if number.get(name) in saved}
+        optimizer = {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        return {**state_dict, "_trainer": {**state_dict["_trainer"], "optimizer": optimizer}}
 
     def _trained_names(self) -> list[list[str]]:
         """Names of the parameters of each of the optimizer's groups, whose order its state goes by."""

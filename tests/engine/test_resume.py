@@ -15,11 +15,14 @@ import pytest
 import tiny
 import torch
 from detectron2.config import CfgNode
+from detectron2.engine import launch
+from detectron2.utils import comm
 from engine_runs import assert_bit_equal, everything, run_cfg, train, weights_of
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.datasets.coco import register_datasets
 from detr_family.engine import Trainer
+from detr_family.engine.processes import leave_process_group
 
 
 @pytest.mark.parametrize("name", tiny.DETECTORS)
@@ -91,11 +94,28 @@ def test_new_settings_are_applied_and_logged(tmp_path: Path, caplog: pytest.LogC
     assert {round(g["lr"], 12) for g in trainer.optimizer.param_groups} == {5e-5, 5e-6}
 
 
-def test_other_frozen_parameters_are_refused(tmp_path: Path) -> None:
-    train(run_cfg("DETR", tmp_path, "run"), stop_after=2)
-    trainer = Trainer(run_cfg("DETR", tmp_path, "run", ["MODEL.DETR.FREEZE", ["encoder"]]))
-    with pytest.raises(ValueError, match=r"parameters are trained in one.*transformer\.encoder.*MODEL\.DETR\.FREEZE"):
-        trainer.resume_or_load(True)
+def test_parameters_may_be_frozen_and_grouped_otherwise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    opts = ["SOLVER.WARMUP_ITERS", 0, "SOLVER.STEPS", (), "MODEL.DETR.FREEZE", ["encoder"]]
+    first = train(run_cfg("DETR", tmp_path, "run", opts), stop_after=2)
+    before = moments(first)
+    opts[-1] = ["input_proj"]
+    second = Trainer(run_cfg("DETR", tmp_path, "run", [*opts, "SOLVER.BACKBONE_MULTIPLIER", 1.0]))
+    second.resume_or_load(True)
+    assert len(first.optimizer.param_groups) == 2 and len(second.optimizer.param_groups) == 1
+    after = moments(second)
+    assert len(after) > 20 and not [k for k in after if "encoder" in k or "input_proj" in k]
+    for name, moment in after.items():
+        assert torch.equal(moment, before[name]), name
+    assert "12 parameters are trained from here on that were not, 2 are not trained any more" in caplog.text
+    assert "MODEL.DETR.FREEZE was ['encoder'] in the checkpoint and is ['input_proj'] from here on" in caplog.text
+    second.train()
+    assert any("encoder" in k for k in moments(second))
+
+
+def moments(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The optimizer's first moment of each parameter that has one, by name."""
+    state = trainer.optimizer.state
+    return {k: state[p]["exp_avg"].clone() for k, p in trainer.model.named_parameters() if p in state}
 
 
 def checkpoint_names(folder: Path) -> list[str]:
@@ -215,6 +235,29 @@ def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
     killed = weights_of(str(tmp_path / "killed" / "model_final.pth"))
     assert_bit_equal(weights_of(str(tmp_path / "whole" / "model_final.pth")), killed)
     assert {f"model.{k}" for k in killed if not k.startswith("ema.")} <= everything(whole).keys()
+
+
+def resume_in_processes(folder: Path) -> None:
+    opts = ["SOLVER.MAX_ITER", 6, "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5, "DATALOADER.NUM_WORKERS", 1]
+    whole = everything(train(run_cfg("DNDETR", folder, "whole", opts)))
+    cfg = run_cfg("DNDETR", folder, "stopped", opts)
+    train(cfg, stop_after=5)
+    comm.synchronize()
+    assert_bit_equal(whole, everything(train(cfg, resume=True)))
+    leave_process_group()
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_resumed_exactly(tmp_path: Path) -> None:
+    launch(resume_in_processes, 2, dist_url="auto", args=(tmp_path,))
+
+
+def test_a_checkpoint_that_some_machine_cannot_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(run_cfg("DETR", tmp_path, "run"), stop_after=3)
+    checkpointer = DETRCheckpointer(tiny.build("DETR"), str(tmp_path / "run"))
+    monkeypatch.setattr(comm, "all_gather", lambda x: [x, False] if isinstance(x, bool) else [x, x])
+    with pytest.raises(ValueError, match=r"cannot be read by processes \[1\]: to resume, OUTPUT_DIR must be"):
+        checkpointer.resume_or_load("", resume=True)
 
 
 def progress_of(folder: Path) -> int:
