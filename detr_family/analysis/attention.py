@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     model = load_detector(cfg, args.untrained)
     picture = choose_picture(cfg, args.image, args.index)
     looks, found = looks_of(model, picture, args.layer)
-    shown = found.above(args.score, args.objects)
+    shown = found.once_per_query().above(args.score, args.objects)
     points = points or [(float(x), float(y)) for x, y, _, _ in shown.boxes_cxcywh[:_MOST_POINTS]] or [(0.5, 0.5)]
     name, names = title_of(model), names_of_classes(cfg)
     if not len(shown) and len(found):

@@ -241,6 +241,12 @@ class Detections:
         keep = int((self.scores[:most] >= threshold).sum())
         return Detections(self.scores[:keep], self.classes[:keep], self.boxes_cxcywh[:keep], self.queries[:keep])
 
+    def once_per_query(self) -> Detections:
+        """The best of each query: sigmoid classifiers may let one speak for several classes."""
+        numbers = self.queries.tolist()
+        keep = [i for i, number in enumerate(numbers) if number not in numbers[:i]]
+        return Detections(self.scores[keep], self.classes[keep], self.boxes_cxcywh[keep], self.queries[keep])
+
     def __len__(self) -> int:
         return len(self.scores)
 
