@@ -103,7 +103,9 @@ def copy(written: Sequence[Path], docs: Path) -> None:
     for path in (p for p in written if p.suffix == ".png"):
         target = docs / path.name
         with Image.open(path) as picture:
-            picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(target, optimize=True)
+            picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+                target, optimize=True
+            )
         if target.stat().st_size > MOST_BYTES:
             raise ValueError(f"{target} has {target.stat().st_size} bytes, more than {MOST_BYTES}")
         print(f"-> {target}")
