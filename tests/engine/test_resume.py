@@ -249,6 +249,7 @@ def resume_in_processes(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_resumed_exactly(tmp_path: Path) -> None:
+    run_cfg("DNDETR", tmp_path, "whole")  # writes the data
     launch(resume_in_processes, 2, dist_url="auto", args=(tmp_path,))
 
 
