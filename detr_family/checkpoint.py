@@ -117,7 +117,8 @@ class DETRCheckpointer(DetectionCheckpointer):
         strict: a detector's checkpoint must fill the model exactly; with False what differs is only logged.
         whole: only a detector's checkpoint will do, as for evaluation; a backbone's or none is refused.
         averaged: load the averaged weights (SOLVER.EMA) of a checkpoint in place of the plain ones.
-        match_classes: of a checkpoint with other classes, keep the rows of those with the same names.
+        class_rows: what becomes of a checkpoint with other classes: "exact" refuses it, "match" keeps the rows of
+            classes with the same names, "new" none.
         class_names: names of the model's classes, kept in every checkpoint under `class_names`.
         save_to_disk: as in Detectron2.
         checkpointables: what else is saved and resumed.
@@ -134,16 +135,18 @@ class DETRCheckpointer(DetectionCheckpointer):
         strict: bool = True,
         whole: bool = False,
         averaged: bool = False,
-        match_classes: bool = False,
+        class_rows: str = "exact",
         class_names: Sequence[str] | None = None,
         save_to_disk: bool | None = None,
         **checkpointables: Any,
     ) -> None:
+        if class_rows not in ("exact", "match", "new"):
+            raise ValueError(f"MODEL.DETR.CLASS_ROWS is {class_rows!r}; it may be 'exact', 'match' or 'new'")
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.strict = strict
         self.whole = whole
         self.averaged = averaged
-        self.match_classes = match_classes
+        self.class_rows = class_rows
         self.class_names = class_names
         self.resumed = False
 
@@ -203,7 +206,11 @@ class DETRCheckpointer(DetectionCheckpointer):
                 f"{found} cannot be read by processes {[i for i, can in enumerate(readers) if not can]}: to resume, "
                 "OUTPUT_DIR must be a folder that all machines share"
             )
-        extra = self.load(found)
+        class_rows, self.class_rows = self.class_rows, "exact"  # these are this run's own
+        try:
+            extra = self.load(found)
+        finally:
+            self.class_rows = class_rows
         self.resumed = True
         return extra
 
@@ -293,7 +300,7 @@ class DETRCheckpointer(DetectionCheckpointer):
             )
         if any(name.startswith("backbone.0.") for name in state):
             checkpoint["class_names"] = _class_names(checkpoint)
-            by_name = self.match_classes and checkpoint["class_names"] == COCO_NAMES
+            by_name = self.class_rows == "match" and checkpoint["class_names"] == COCO_NAMES
             classes = getattr(self.model, "num_classes", -1)
             proposals = {k for k, v in self.model.state_dict().items() if v.dim() and len(v) == classes + 1}
             state = convert_released(state, len(COCO_IDS) if by_name else classes, proposals)
@@ -309,8 +316,12 @@ class DETRCheckpointer(DetectionCheckpointer):
             state = convert_swin(state)
             self._check_swin(state)
         state = {k: v for k, v in state.items() if not _SWIN_INDICES.search(k)}  # Detectron2 keeps them
-        if self.match_classes and not backbone_only:
+        if self.class_rows == "match" and not backbone_only:
             self._match_rows(state, checkpoint.get("class_names"))
+        elif self.class_rows == "new" and not backbone_only:
+            fresh = {k: v for k, v in self.model.state_dict().items() if k in state and _CLASS_ROWS.search(k)}
+            state.update(fresh)
+            _logger.info("Rows of all classes start as in a new model: %s", ", ".join(fresh))
         checkpoint["model"] = state
         if not backbone_only:
             self._check(checkpoint)
@@ -328,7 +339,9 @@ class DETRCheckpointer(DetectionCheckpointer):
         ours = self.class_names
         if not theirs or not ours:
             nameless = "DATASETS.TRAIN" if theirs else self._path
-            raise ValueError(f"MODEL.DETR.CLASS_ROWS is 'match', but {nameless} does not name its classes")
+            raise ValueError(
+                f"MODEL.DETR.CLASS_ROWS is 'match', but {nameless} does not name its classes: 'new' keeps no rows"
+            )
         if list(theirs) == list(ours):
             return
         places = {_plain_name(name): i for i, name in reversed(list(enumerate(theirs)))}
@@ -384,7 +397,7 @@ class DETRCheckpointer(DetectionCheckpointer):
         unexpected = [name for name in state if name not in model]
         if not (shapes or missing or unexpected):
             theirs = checkpoint.get("class_names")
-            if theirs and self.class_names and not self.match_classes and list(theirs) != list(self.class_names):
+            if theirs and self.class_names and self.class_rows == "exact" and list(theirs) != list(self.class_names):
                 _logger.warning(
                     "%s has classes %s, this data set has as many of other names: their rows are kept in order. "
                     "MODEL.DETR.CLASS_ROWS match goes by the names",
@@ -410,7 +423,7 @@ class DETRCheckpointer(DetectionCheckpointer):
                 + (f", its classes are {', '.join(names)}" if names else "")
                 + f". Set MODEL.DETR.NUM_CLASSES (now {getattr(self.model, 'num_classes', '?')}) or DATASETS.TRAIN "
                 "to what the checkpoint was trained with, or to fine-tune it to other classes set "
-                "MODEL.DETR.CLASS_ROWS match"
+                "MODEL.DETR.CLASS_ROWS match or new"
             )
         else:
             parts = [

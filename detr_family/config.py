@@ -93,7 +93,7 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     _C.FOCAL_GAMMA = 2.0
 
     # What becomes of MODEL.WEIGHTS of a detector with other classes: "exact" refuses them; "match" keeps the rows of
-    # the classes whose names are the same and lets the others start as in a new model.
+    # the classes whose names are the same and lets the others start as in a new model; "new" lets all start so.
     _C.CLASS_ROWS = "exact"
     # Keep only what goes into each layer and compute the rest again in the backward pass: less memory, about a
     # third more time, the same gradients.
@@ -345,17 +345,6 @@ def check_class_count(cfg: CfgNode) -> None:
             f"MODEL.DETR.NUM_CLASSES is {count}, but {(cfg.DATASETS.TRAIN or cfg.DATASETS.TEST)[0]} has "
             f"{len(names)} classes ({listing}): set it to {len(names)}, or to -1"
         )
-
-
-def matches_classes(cfg: CfgNode) -> bool:
-    """Whether MODEL.DETR.CLASS_ROWS is "match".
-
-    Raises:
-        ValueError: it is neither that nor "exact".
-    """
-    if cfg.MODEL.DETR.CLASS_ROWS not in ("exact", "match"):
-        raise ValueError(f"MODEL.DETR.CLASS_ROWS is {cfg.MODEL.DETR.CLASS_ROWS!r}; it may be 'exact' or 'match'")
-    return cfg.MODEL.DETR.CLASS_ROWS == "match"
 
 
 def departures(cfg: CfgNode, config_file: str) -> list[str]:

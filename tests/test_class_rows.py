@@ -13,6 +13,7 @@ from engine_runs import run_cfg, train
 from torch import Tensor, nn
 
 from detr_family.checkpoint import COCO_IDS, COCO_NAMES, DETRCheckpointer
+from detr_family.engine import Trainer
 
 ROWS = ("class_embed", "label_enc", "enc_out_class_embed")
 
@@ -39,7 +40,7 @@ def test_rows_of_the_same_names_are_kept_and_others_start_anew(
 
     ours = ["traffic_light", "emu", "CAT"]
     new, fresh = tiny.build(name, NUM_CLASSES=3), tiny.build(name, NUM_CLASSES=3)
-    DETRCheckpointer(new, class_names=ours, match_classes=True).load(str(tmp_path / "old.pth"))
+    DETRCheckpointer(new, class_names=ours, class_rows="match").load(str(tmp_path / "old.pth"))
     assert row_tensors(new)
     for key, tensor in row_tensors(new).items():
         first, middle, last = tensor[:3].flatten(1).unbind() if tensor.dim() > 1 else tensor[:3, None].unbind()
@@ -68,9 +69,23 @@ def test_as_many_classes_of_other_names_are_told(tmp_path: Path, caplog: pytest.
 def test_names_must_be_known(tmp_path: Path) -> None:
     DETRCheckpointer(tiny.build("DETR"), str(tmp_path)).save("nameless")
     with pytest.raises(ValueError, match=r"nameless\.pth does not name its classes"):
-        DETRCheckpointer(tiny.build("DETR"), class_names=["a", "b", "c"], match_classes=True).load(
+        DETRCheckpointer(tiny.build("DETR"), class_names=["a", "b", "c"], class_rows="match").load(
             str(tmp_path / "nameless.pth")
         )
+
+
+@pytest.mark.parametrize("name", tiny.DETECTORS)
+def test_none_is_kept_where_so_asked(name: str, tmp_path: Path) -> None:
+    """As from a file that does not name its classes."""
+    old = tiny.build(name, NUM_CLASSES=6)
+    for parameter in old.parameters():
+        parameter.data.fill_(0.5)
+    torch.save({"model": old.state_dict()}, tmp_path / "old.pth")
+    new, fresh = tiny.build(name), tiny.build(name)
+    DETRCheckpointer(new, class_names=["a", "b", "c"], class_rows="new").load(str(tmp_path / "old.pth"))
+    for key, tensor in new.state_dict().items():
+        expected = fresh if key in row_tensors(new) else old
+        assert torch.equal(tensor, expected.state_dict()[key]), key
 
 
 def as_released(model: nn.Module) -> dict[str, Tensor]:
@@ -93,14 +108,14 @@ def test_a_release_has_cocos_names(name: str, tmp_path: Path) -> None:
     ours = ["zebra", "wombat", "person", "toothbrush"]
     assert next(c["id"] for c in COCO_CATEGORIES if c["name"] == "zebra") == 24  # not its row here
     model = tiny.build(name, NUM_CLASSES=4)
-    DETRCheckpointer(model, class_names=ours, match_classes=True).load(str(tmp_path / "release.pth"))
+    DETRCheckpointer(model, class_names=ours, class_rows="match").load(str(tmp_path / "release.pth"))
     for key, tensor in row_tensors(model).items():
         values = tensor.flatten(1)[:, 0] if tensor.dim() > 1 else tensor
         assert values[[0, 2, 3]].tolist() == [1000 + COCO_NAMES.index(ours[i]) for i in (0, 2, 3)], key
         assert abs(values[1]) < 100, key
     # The same file still loads whole where the classes are COCO's.
     whole = tiny.build(name, NUM_CLASSES=80)
-    DETRCheckpointer(whole, class_names=COCO_NAMES, match_classes=True).load(str(tmp_path / "release.pth"))
+    DETRCheckpointer(whole, class_names=COCO_NAMES, class_rows="match").load(str(tmp_path / "release.pth"))
     for key, tensor in row_tensors(whole).items():
         assert torch.equal(tensor, released.state_dict()[key]), key
 
@@ -113,5 +128,9 @@ def test_a_training_begins_from_a_release_of_other_classes(tmp_path: Path, caplo
         train(run_cfg("DETR", tmp_path, "exact", weights))
     train(run_cfg("DETR", tmp_path, "match", [*weights, "MODEL.DETR.CLASS_ROWS", "match"]))
     assert "0 rows are kept (none), 3 start as in a new model (circle, square, triangle)" in caplog.text
-    with pytest.raises(ValueError, match=r"CLASS_ROWS is 'names'; it may be 'exact' or 'match'"):
+    trained = train(run_cfg("DETR", tmp_path, "match", ["SOLVER.MAX_ITER", 1])).model.class_embed.weight
+    resumed = Trainer(run_cfg("DETR", tmp_path, "match", [*weights, "MODEL.DETR.CLASS_ROWS", "new"]))
+    resumed.resume_or_load(True)
+    assert torch.equal(resumed.model.class_embed.weight, trained)  # the run's own rows are not made anew
+    with pytest.raises(ValueError, match=r"CLASS_ROWS is 'names'; it may be 'exact', 'match' or 'new'"):
         train(run_cfg("DETR", tmp_path, "other", [*weights, "MODEL.DETR.CLASS_ROWS", "names"]))

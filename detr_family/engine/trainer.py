@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.config import check_class_count, class_names, matches_classes
+from detr_family.config import check_class_count, class_names
 from detr_family.dataset_mapper import DETRDatasetMapper, build_test_loader
 from detr_family.datasets.coco import training_dicts
 from detr_family.engine.averaging import WeightAverage
@@ -90,7 +90,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = DETRCheckpointer(
             model,
             cfg.OUTPUT_DIR,
-            match_classes=matches_classes(cfg),
+            class_rows=cfg.MODEL.DETR.CLASS_ROWS,
             class_names=class_names(cfg),
             trainer=weakref.proxy(self),
         )
