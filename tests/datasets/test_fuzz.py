@@ -20,6 +20,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 
+from detr_family.data_check import check_data, text_of
 from detr_family.dataset_mapper import DETRDatasetMapper
 from detr_family.datasets import register_datasets, training_dicts
 from detr_family.datasets.coco_json import scan_coco_json
@@ -114,6 +115,22 @@ def test_a_corrupted_annotation_file(seed: int, coco_folder: Path, caplog: pytes
     assert boxes == sum(not a["iscrowd"] for a in kept)
     counts = [line for line in caplog.text.splitlines() if line.strip().startswith(tuple("123456789"))]
     assert len(counts) >= len(scan.faults)
+
+
+@pytest.mark.parametrize("seed", range(0, 200, 4))
+def test_the_data_check_on_a_corrupted_file(seed: int, coco_folder: Path) -> None:
+    path = coco_folder / f"fuzz{seed}.json"
+    path.write_bytes(corrupted(random.Random(seed)))
+    cfg = tiny.cfg_of("DETR")
+    cfg.DATASETS.COCO_FORMAT = [[f"fuzz{seed}", str(path), str(coco_folder)]]
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (f"fuzz{seed}",)
+    report = check_data(cfg, workers=1, progress=False)
+    json.dumps({**report, "findings": [vars(finding) for finding in report["findings"]]})
+    text_of(report).encode("utf-8")
+    try:
+        scan_coco_json(str(path), str(coco_folder))
+    except ValueError:
+        assert report["status"] == 2
 
 
 def test_the_corruptions_do_both(coco_folder: Path) -> None:
