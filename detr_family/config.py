@@ -204,7 +204,7 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA.ENABLED = False
     # Share of the average that each step leaves; the average is over about 1 / (1 - DECAY) steps.
     cfg.SOLVER.EMA.DECAY = 0.9997
-    # Evaluate (--eval-only) the averaged weights in the checkpoint MODEL.WEIGHTS, not the plain ones.
+    # Evaluate (--eval-only) and predict with the averaged weights in the checkpoint MODEL.WEIGHTS, not the plain ones.
     cfg.TEST.EMA = False
     # What a loss or gradient that is not finite does: "stop" the run, or "skip" the step. Either way the
     # batch is saved and its pictures are named in the log; the weights stay as they were.

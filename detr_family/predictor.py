@@ -123,7 +123,7 @@ class Predictor:
         elif cfg.MODEL.DETR.NUM_CLASSES == -1:
             register_datasets(cfg)
         model = build_model(cfg)
-        DETRCheckpointer(model, whole=True).load(cfg.MODEL.WEIGHTS)
+        DETRCheckpointer(model, whole=True, averaged=cfg.TEST.EMA).load(cfg.MODEL.WEIGHTS)
         return cls(
             model,
             class_names=names or names_of_data_sets(cfg, model.num_classes),

@@ -61,7 +61,7 @@ def load_detector(cfg: CfgNode, untrained: bool = False) -> SetDetector:
         raise ValueError(f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, which predicts no sets")
     if not untrained:
         with quiet("detectron2", "fvcore"):
-            DETRCheckpointer(model, whole=True).load(cfg.MODEL.WEIGHTS)
+            DETRCheckpointer(model, whole=True, averaged=cfg.TEST.EMA).load(cfg.MODEL.WEIGHTS)
     return model.eval()
 
 

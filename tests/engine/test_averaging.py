@@ -13,6 +13,7 @@ from torch import nn
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.engine.averaging import WeightAverage
+from detr_family.predictor import Predictor
 
 
 def test_it_is_the_moving_average_of_weights_and_statistics() -> None:
@@ -55,6 +56,10 @@ def test_it_is_saved_evaluated_and_loaded_beside_the_plain_weights(tmp_path: Pat
     for key, value in averaged.state_dict().items():
         assert torch.equal(value, saved[f"ema.{key}"]) and torch.equal(plain.state_dict()[key], saved[key])
     assert not torch.equal(averaged.class_embed.weight, plain.class_embed.weight)
+
+    cfg.TEST.EMA = True
+    predictor = Predictor.from_config(cfg, path)
+    assert torch.equal(predictor.model.class_embed.weight, averaged.class_embed.weight)
 
 
 def test_a_checkpoint_without_an_average_is_told(tmp_path: Path) -> None:

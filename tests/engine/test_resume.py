@@ -209,7 +209,9 @@ def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
     steps = 90
     opts = ["SOLVER.MAX_ITER", steps, "SOLVER.STEPS", (40, 70), "SOLVER.EMA.ENABLED", True]
     opts += ["SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.EMA.DECAY", 0.9, "SOLVER.ACCUMULATION_STEPS", 2]
+    start = time.monotonic()
     whole = train(run_cfg("DETR", tmp_path, "whole", opts))
+    two_steps = 2 * (time.monotonic() - start) / steps
     draw = random.Random(3)
     kills, unfinished = 0, 0
     while True:
@@ -223,7 +225,7 @@ def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
             goal = progress_of(tmp_path / "killed") + draw.randint(1, 6)
             while progress.value < goal and process.is_alive():
                 time.sleep(0.001)
-            time.sleep(draw.uniform(0, 0.2))
+            time.sleep(draw.uniform(0, two_steps))
             process.kill()
         process.join()
         unfinished += any(name.endswith(".unfinished") for name in checkpoint_names(tmp_path / "killed"))
