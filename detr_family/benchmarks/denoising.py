@@ -20,6 +20,7 @@ from detectron2.structures import Boxes, Instances
 from detr_family.benchmarks.measure import Run, peak_of, time_on_cpu
 from detr_family.config import load_config
 from detr_family.dn_detr import DNDETR
+from detr_family.set_detector import SetDetector
 
 NUM_CLASSES = 80
 
@@ -52,7 +53,7 @@ def build(config_file: str, opts: Sequence[str], denoising: bool) -> DNDETR:
     return model.train()
 
 
-def step_of(model: DNDETR, inputs: list[dict[str, Any]]) -> Run:
+def step_of(model: SetDetector, inputs: list[dict[str, Any]]) -> Run:
     """A forward and a backward."""
 
     def step() -> None:
