@@ -58,6 +58,14 @@ class Work:
         model = ["--config-file", self.config(name), "--output", str(self.output)]
         return main([command, *arguments, *model, "MODEL.WEIGHTS", self.weights(name), *opts])
 
+    def with_one_class(self) -> None:
+        """Make every object of both sets a circle, and that the only class."""
+        for path in (self.val_json, self.val_json.with_name("train.json")):
+            data = json.loads(path.read_text())
+            annotations = [{**annotation, "category_id": 1} for annotation in data["annotations"]]
+            categories = [category for category in data["categories"] if category["id"] == 1]
+            path.write_text(json.dumps({**data, "annotations": annotations, "categories": categories}))
+
     def without_boxes(self) -> None:
         """Leave the test set's pictures without any annotation."""
         data = json.loads(self.val_json.read_text())

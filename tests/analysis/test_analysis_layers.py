@@ -12,6 +12,7 @@ from detectron2.structures import ImageList
 from PIL import Image
 
 from detr_family.analysis import layers, loading
+from detr_family.analysis.command_line import main
 from detr_family.structures import SetPrediction
 
 
@@ -57,6 +58,23 @@ def test_a_limit_counts_the_rest_as_missed(work: Any) -> None:
     assert len(rows) == 4
 
 
+@pytest.mark.parametrize("name", ["DETR", "DNDETR", "DINO"])
+def test_one_class(name: str, work: Any) -> None:
+    work.with_one_class()
+    output, opts = ["--output", str(work.output)], ["MODEL.DETR.NUM_CLASSES", "1"]
+    for command in ("layers", "attention", "queries", "matching"):
+        assert main([command, "--config-file", work.config(name), "--untrained", *output, *opts])
+    if name != "DETR":
+        assert main(["denoising", "--config-file", work.config(name), *output, *opts])
+
+
+def test_a_picture_alone_without_any_test_set(work: Any) -> None:
+    Image.new("RGB", (90, 60), (200, 10, 30)).save(work.folder / "mine.png")
+    for name in ("DETR", "DINO"):
+        image = ["--image", str(work.folder / "mine.png"), "--score", "0.999"]
+        assert work.call("attention", name, *image, opts=("DATASETS.TEST", "()"))
+
+
 def test_what_cannot_be(work: Any) -> None:
     with pytest.raises(SystemExit, match=r"layers: --nms 1\.5 is no IoU"):
         work.call("layers", "DETR", "--nms", "1.5")
@@ -66,8 +84,6 @@ def test_what_cannot_be(work: Any) -> None:
 
 
 def test_loading_mistakes(work: Any) -> None:
-    from detr_family.analysis.command_line import main
-
     config = work.config("DETR")
     with pytest.raises(SystemExit, match=r"there is no configuration 'none\.yaml'"):
         main(["layers", "--config-file", "none.yaml"])

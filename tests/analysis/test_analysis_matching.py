@@ -35,7 +35,7 @@ def test_more_boxes_than_queries_and_a_weight_of_zero(work: Any) -> None:
     assert np.abs(data["parts"]["GIoU"]).max() == 0 < np.abs(data["parts"]["L1"]).max()
 
 
-def test_one_class_and_another_picture(work: Any) -> None:
+def test_another_picture(work: Any) -> None:
     cfg = loading.load_cfg(work.config("DABDETR"))
     index, record = next((i, r) for i, r in enumerate(loading.data_set(cfg)) if r["annotations"])
     data = json.loads(work.call("matching", "DABDETR", "--index", str(index))[2].read_text())
