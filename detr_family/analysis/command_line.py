@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from detr_family.analysis.loading import data_sets_for_now
 from detr_family.analysis.style import house_style
 
 # The module of each has add_arguments(parser), run(args) -> files written, and a docstring that says what it is.
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        with house_style():
+        with house_style(), data_sets_for_now():
             written: list[Path] = args.run(args)
     except (OSError, ValueError) as error:
         sys.exit(f"{args.command}: {error}")

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from detectron2.config import CfgNode
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from detr_family.analysis import style
-from detr_family.analysis.loading import quiet
+from detr_family.analysis.loading import data_sets_for_now, quiet
 from detr_family.config import load_config
 from detr_family.datasets.coco import register_datasets, training_dicts
 from detr_family.visualize import read_metrics
@@ -91,16 +90,12 @@ def epoch_length(folder: str) -> float:
     if not path.is_file():
         return 0.0
     try:
-        with quiet("detectron2", "detr_family"):
-            cfg = _config(path)
+        with quiet("detectron2", "detr_family"), data_sets_for_now():
+            cfg = load_config(str(path))
             register_datasets(cfg)
             return float(max(len(training_dicts(cfg)) // cfg.SOLVER.IMS_PER_BATCH, 1))
     except (ValueError, OSError):
         return 0.0
-
-
-def _config(path: Path) -> CfgNode:
-    return load_config(str(path))
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
@@ -63,6 +63,18 @@ def load_detector(cfg: CfgNode, untrained: bool = False) -> SetDetector:
         with quiet("detectron2", "fvcore"):
             DETRCheckpointer(model, whole=True, averaged=cfg.TEST.EMA).load(cfg.MODEL.WEIGHTS)
     return model.eval()
+
+
+@contextlib.contextmanager
+def data_sets_for_now() -> Iterator[None]:
+    """Forget afterwards what is registered inside: the next run may give the same names to other files."""
+    known = set(DatasetCatalog.list())
+    try:
+        yield
+    finally:
+        for name in set(DatasetCatalog.list()) - known:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.pop(name, None)
 
 
 @contextlib.contextmanager

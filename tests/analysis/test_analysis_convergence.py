@@ -63,6 +63,20 @@ def test_the_evaluation_after_the_last_step_counts_as_at_its_end(work: Any) -> N
     assert [p[1] for p in runs[0].points] == [1.0, 2.0, 3.0]
 
 
+def test_data_sets_of_one_name_in_several_folders(work: Any) -> None:
+    """Each run's epochs are counted by its own training set, though all are named alike."""
+    folders = [run_folder(work, name, [1.0, 2.0]) for name in "ab"]
+    for folder, count in zip(folders, (6, 3), strict=True):
+        with_config(work, folder, 1)
+        config, data = Path(folder) / "config.yaml", json.loads((work.folder / "data/train.json").read_text())
+        kept = data["images"][:count]
+        ids = {image["id"] for image in kept}
+        data |= {"images": kept, "annotations": [a for a in data["annotations"] if a["image_id"] in ids]}
+        (Path(folder) / "train.json").write_text(json.dumps(data))
+        config.write_text(config.read_text().replace(str(work.folder / "data/train.json"), f"{folder}/train.json"))
+    assert [curves.epoch_length(folder) for folder in folders] == [6, 3]
+
+
 def test_runs_without_an_evaluation(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
     empty, nan = run_folder(work, "empty", []), run_folder(work, "nan", [float("nan")])
     with pytest.raises(SystemExit, match=r"no run has 'bbox/AP' in its metrics\.json"):
