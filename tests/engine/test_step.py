@@ -73,6 +73,16 @@ def test_nan_stops_before_the_weights_move_and_names_what_is_known(tmp_path: Pat
     assert saved["values"]["loss_bbox"] > 0
 
 
+def test_an_accumulated_batch_is_logged_checked_and_saved_as_one(tmp_path: Path) -> None:
+    trainer, model = step(tmp_path, ["a.jpg", "b.jpg", "c.jpg", "bad.jpg"], accumulation=2, nonfinite="stop")
+    logged = run(trainer, 1)
+    assert logged["total_loss"] == 12.5 and model.w.tolist() == [1.5, 2.0]  # the mean of two equal parts
+    with pytest.raises(FloatingPointError, match=r"loss_ce is nan.*on the pictures c\.jpg, bad\.jpg"), EventStorage():
+        trainer.run_step()
+    assert model.w.tolist() == [1.5, 2.0]
+    assert len(torch.load(tmp_path / "nonfinite_iter0_rank0.pth", weights_only=True)["batch"]) == 2
+
+
 def test_nan_is_skipped_where_so_configured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer, model = step(tmp_path, ["bad1.jpg", "good.jpg"], nonfinite="skip", clip_norm=0.1)
     run(trainer, 1)
