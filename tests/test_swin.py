@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSwin
 
 from detr_family.checkpoint import DETRCheckpointer, released_name
+from detr_family.config import load_config
+from detr_family.datasets import objects365
 from detr_family.layers.checkpointing import backbone_blocks, checkpoint_activations
 from detr_family.swin import SIZES, Swin
 
@@ -275,3 +278,82 @@ def test_own_checkpoints_and_those_with_detectron2s_buffers_load(cfg: CfgNode, t
     state["backbone.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
     torch.save({"model": {k: v + 1 for k, v in state.items()}}, tmp_path / "own.pth")
     DETRCheckpointer(model, whole=True).load(str(tmp_path / "own.pth"))
+
+
+@pytest.mark.usefixtures("small")
+def test_dino_sees_its_stages_and_a_release_fills_both(tmp_path: Path) -> None:
+    cfg = tiny.cfg_of("DINO")
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_swin_backbone", 0
+    cfg.MODEL.SWIN.OUT_FEATURES = ["p0", "p2", "p3"]
+    cfg.MODEL.DINO.NUM_LEVELS = 4
+    cfg.MODEL.DETR.CHECKPOINT.BACKBONE = True
+    model = build_model(cfg).train()
+    assert [projection[0].in_channels for projection in model.input_proj] == [12, 48, 96, 96]
+    sum(model(tiny.batch()).values()).backward()
+    assert not [k for k, p in model.named_parameters() if k.startswith("backbone.") and p.grad is None]
+
+    released = {re.sub(r"^backbone\.", "backbone.0.", k): v + 1 for k, v in model.state_dict().items()}
+    released["backbone.0.layers.1.blocks.1.attn.relative_position_index"] = torch.zeros(49, 49, dtype=torch.long)
+    torch.save({"model": released}, tmp_path / "release.pth")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    DETRCheckpointer(model, whole=True).load(str(tmp_path / "release.pth"))
+    assert all(torch.equal(v, before[k] + 1) for k, v in model.state_dict().items())
+
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def config(name: str) -> CfgNode:
+    return load_config(str(CONFIGS / f"{name}.yaml"), ["MODEL.DEVICE", "cpu", "MODEL.DETR.NUM_CLASSES", "80"])
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "levels"),
+    [("dino_swin_t_4scale", 7, 4), ("dino_swin_s_4scale", 7, 4), ("dino_swin_b_4scale", 12, 4),
+     ("dino_swin_l_4scale", 12, 4), ("dino_swin_l_5scale", 12, 5)],
+)  # fmt: skip
+def test_configs_of_dino(name: str, window: int, levels: int) -> None:
+    cfg = config(name)
+    assert name.split("_")[2].upper() == cfg.MODEL.SWIN.SIZE and window == cfg.MODEL.SWIN.WINDOW_SIZE
+    assert f"window{window}" in cfg.MODEL.WEIGHTS and cfg.MODEL.BACKBONE.FREEZE_AT == 0
+    assert levels == cfg.MODEL.DINO.NUM_LEVELS and len(cfg.MODEL.SWIN.OUT_FEATURES) == levels - 1
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.BACKBONE_MULTIPLIER, cfg.SOLVER.IMS_PER_BATCH) == (1e-4, 0.1, 16)
+
+
+@pytest.mark.parametrize("name", ["dino_swin_t_4scale", pytest.param("dino_swin_l_5scale", marks=pytest.mark.slow)])
+def test_they_build(name: str) -> None:
+    model = build_model(config(name))
+    assert len(model.input_proj) == config(name).MODEL.DINO.NUM_LEVELS
+    assert not [k for k, p in model.named_parameters() if not p.requires_grad]
+
+
+def test_configs_with_objects365_are_the_papers() -> None:
+    pretraining, tuning = config("dino_swin_l_4scale_o365"), config("dino_swin_l_4scale_o365_ft")
+    assert (pretraining.SOLVER.EPOCHS, pretraining.SOLVER.IMS_PER_BATCH) == (26, 64)
+    assert (tuning.SOLVER.EPOCHS, tuning.SOLVER.IMS_PER_BATCH) == (18, 16)
+    for cfg in (pretraining, tuning):
+        assert cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DETR.CHECKPOINT.BACKBONE and cfg.MODEL.DINO.DN_MAX_QUERIES == 1000
+    assert set(pretraining.DATASETS.TRAIN + pretraining.DATASETS.TEST) <= set(objects365.SPLITS)
+    assert f"{pretraining.OUTPUT_DIR}/model_final.pth" == tuning.MODEL.WEIGHTS
+    assert tuning.DATASETS.TRAIN == ("coco_2017_train",) and tuning.MODEL.DETR.CLASS_ROWS == "match"
+    plain = config("dino_swin_l_4scale")
+    assert tuple(1.5 * x for x in plain.INPUT.MIN_SIZE_TRAIN) == tuning.INPUT.MIN_SIZE_TRAIN
+    assert [1.5 * x for x in plain.INPUT.CROP.SIZE] == tuning.INPUT.CROP.SIZE
+    assert [1.5 * x for x in plain.INPUT.CROP.RESIZE] == tuning.INPUT.CROP.RESIZE
+    assert (tuning.INPUT.MIN_SIZE_TEST, tuning.INPUT.MAX_SIZE_TEST, tuning.INPUT.MAX_SIZE_TRAIN) == (1200, 2000, 2000)
+
+
+def test_rows_of_classes_go_from_objects365_to_coco_by_name(tmp_path: Path) -> None:
+    """Heads and label embedding, by the detector and the setting of the fine-tuning configuration."""
+    theirs, ours = ["Person", "Sneakers", "Traffic Light", "Wild Bird"], ["bird", "traffic light", "person"]
+    source, target = (tiny.build("DINO", NUM_CLASSES=len(names)) for names in (theirs, ours))
+    DETRCheckpointer(source, str(tmp_path), class_names=theirs).save("o365")
+    fresh = {k: v.clone() for k, v in target.state_dict().items()}
+    DETRCheckpointer(target, match_classes=True, class_names=ours).load(str(tmp_path / "o365.pth"))
+    state, rows = source.state_dict(), re.compile(r"class_embed|label_enc")
+    for name, value in target.state_dict().items():
+        if rows.search(name):
+            assert torch.equal(value[1], state[name][2]) and torch.equal(value[2], state[name][0]), name
+            assert torch.equal(value[0], fresh[name][0]), name
+        else:
+            assert torch.equal(value, state[name]), name
