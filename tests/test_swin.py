@@ -349,7 +349,7 @@ def test_rows_of_classes_go_from_objects365_to_coco_by_name(tmp_path: Path) -> N
     source, target = (tiny.build("DINO", NUM_CLASSES=len(names)) for names in (theirs, ours))
     DETRCheckpointer(source, str(tmp_path), class_names=theirs).save("o365")
     fresh = {k: v.clone() for k, v in target.state_dict().items()}
-    DETRCheckpointer(target, match_classes=True, class_names=ours).load(str(tmp_path / "o365.pth"))
+    DETRCheckpointer(target, class_rows="match", class_names=ours).load(str(tmp_path / "o365.pth"))
     state, rows = source.state_dict(), re.compile(r"class_embed|label_enc")
     for name, value in target.state_dict().items():
         if rows.search(name):
