@@ -80,12 +80,12 @@ def of_the_story(output: Path, story: Path) -> list[Path]:
     runs = [part for name, folder in folders.items() for part in ("--run", name, str(folder))]
     written = analysis(["convergence", *runs, "--output", str(output)])
     written += analysis(["matching", *runs, "--output", str(output)])
-    data = data_opts(spec, story.resolve())
-    models = {row.name: ["--model", str(row.config), str(folders[row.name] / "model_final.pth")] for row in spec.rows}
+    # Each run's own configuration: it has its data set and whatever it was trained with.
+    models = {n: ["--model", str(f / "config.yaml"), str(f / "model_final.pth")] for n, f in folders.items()}
     dense = [part for name in ("DETR", "Conditional DETR", "DAB-DETR") for part in models[name]]
-    written += analysis(["positional", *dense, "--output", str(output), *data])
-    denoising = [part for name in ("DAB-DETR", "DN-DETR", "DINO") if name in models for part in models[name]]
-    return written + analysis(["denoising", *denoising, "--output", str(output), *data])
+    written += analysis(["positional", *dense, "--output", str(output)])
+    denoising = [part for name in ("DAB-DETR", "DN-DETR", "DINO") for part in models[name]]
+    return written + analysis(["denoising", *denoising, "--output", str(output)])
 
 
 def _end(job: Job, output: Path) -> list[str]:

@@ -1,0 +1,159 @@
+"""Parameters, GFLOPs and frames per second of configurations beside the published figures.
+
+The comparison tables of all five papers in one. Weights are not needed: each detector is built as configured.
+Parameters and GFLOPs (one multiply-add counts as one) are those of `detr_family.benchmarks.complexity`. Frames per
+second are of one picture of --size at a time, from pixels to boxes without reading files, on this machine's
+MODEL.DEVICE: to be compared with each other, not with the published ones, which are an A100's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from detr_family.analysis import command_line, style
+from detr_family.analysis.loading import load_cfg, load_detector, title_of
+from detr_family.benchmarks.complexity import count_gflops, count_params
+from detr_family.benchmarks.published import MEAN_PICTURE, PUBLISHED
+from detr_family.set_detector import SetDetector
+
+COLUMNS = (
+    *("config", "detector", "epochs", "AP", "AP50", "AP75", "APs", "APm", "APl"),
+    *("params", "params_published", "gflops", "gflops_published", "fps", "fps_published", "device", "size"),
+)
+# Frames per second as DINO's paper gives them (its table 1): an A100, one picture at a time.
+PUBLISHED_FPS = {
+    **{"detr_r50_dc5": 20, "deformable_detr_r50": 24, "dab_detr_r50_dc5": 17},
+    **{"dino_r50_4scale": 24, "dino_r50_5scale": 10},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """See the module."""
+    parser.add_argument(
+        "--config-file", dest="configs", action="append", required=True, metavar="FILE", help="may be repeated"
+    )
+    parser.add_argument(
+        "--size",
+        type=command_line.whole_numbers,
+        metavar="H,W",
+        help="pixels; by default what the published GFLOPs are of",
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="pictures to time, after one to warm up; 0: no timing")
+    command_line.add_output(parser)
+    command_line.add_opts(parser)
+
+
+def run(args: argparse.Namespace) -> list[Path]:
+    """See the module."""
+    if args.size and (len(args.size) != 2 or min(args.size) < 32):
+        raise ValueError(f"--size {args.size}: two lengths in pixels of at least 32 are needed, as in 800,1111")
+    size = (args.size[0], args.size[1]) if args.size else None
+    rows = []
+    for config in tqdm(args.configs, desc="configurations", disable=None):
+        rows.append(measure(config, args.opts, size=size, repeats=args.repeats))
+    headings = {
+        **{"config": "configuration", "epochs": "epochs", "AP": "AP", "params": "params (M)", "size": "picture"},
+        **{"params_published": "published", "gflops": "GFLOPs", "gflops_published": "published"},
+        **{"fps": "frames/s here", "fps_published": "published (A100)"},
+    }
+    print(style.table(rows, headings))
+    return [
+        *style.save_figure(draw(rows), args.output, "summary"),
+        style.save_csv(rows, COLUMNS, args.output, "summary"),
+    ]
+
+
+def measure(config: str, opts: Sequence[str], *, size: tuple[int, int] | None, repeats: int) -> dict[str, Any]:
+    """One row: see COLUMNS.
+
+    Args:
+        config: the configuration's file, whose name without ".yaml" finds the published row.
+        opts: KEY VALUE pairs.
+        size: (height, width) of the picture, pixels; None: what the published GFLOPs are of.
+        repeats: pictures to time; 0 leaves the speed out.
+    """
+    cfg = load_cfg(config, opts)
+    model = load_detector(cfg, untrained=True)
+    published = PUBLISHED.get(Path(config).stem)
+    size = size or (published.size if published else MEAN_PICTURE)
+    row: dict[str, Any] = {
+        "config": Path(config).stem,
+        "detector": title_of(model),
+        "params": count_params(model),
+        "gflops": count_gflops(model, *size),
+        "fps_published": PUBLISHED_FPS.get(Path(config).stem),
+        "fps": frames_per_second(model, size, repeats) if repeats > 0 else None,
+        "device": _device(model),
+        "size": f"{size[0]}x{size[1]}",
+    }
+    if published is not None:
+        row |= dict(zip(COLUMNS[3:9], published.ap, strict=False))
+        row |= {"epochs": published.epochs, "params_published": published.params, "gflops_published": published.gflops}
+    return row
+
+
+def _device(model: SetDetector) -> str:
+    return torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+
+
+@torch.no_grad()
+def frames_per_second(model: SetDetector, size: tuple[int, int], repeats: int) -> float:
+    """1 / the median time of a picture of noise from pixels to boxes, one at a time, by the clock."""
+    g = torch.Generator().manual_seed(0)
+    inputs = [{"image": torch.randint(256, (len(model.pixel_mean), *size), generator=g).to(torch.uint8)}]
+    seconds = []
+    for _ in range(repeats + 1):
+        _wait_for(model.device)
+        start = time.perf_counter()
+        model(inputs)
+        _wait_for(model.device)
+        seconds.append(time.perf_counter() - start)
+    return 1 / statistics.median(seconds[1:])
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Published AP against GFLOPs, a point for each configuration, one colour and marker for each detector."""
+    figure = style.new_figure(6.8, 4.4)
+    axes = style.tidy(figure.subplots())
+    known = [row for row in rows if row.get("AP") is not None and row.get("gflops_published") is not None]
+    if not known:
+        style.say_empty(axes, "none of these configurations has published figures:\nthe table has what was measured")
+        return figure
+    names = list(dict.fromkeys(row["detector"] for row in known))
+    for number, name in enumerate(names):
+        chosen = [row for row in known if row["detector"] == name]
+        axes.scatter(
+            [row["gflops_published"] for row in chosen],
+            [row["AP"] for row in chosen],
+            color=style.COLOURS[number % len(style.COLOURS)],
+            marker=style.MARKERS[number % len(style.MARKERS)],
+            label=name,
+        )
+        for row in chosen:
+            epochs = f"{row['config'].split('detr_')[-1].replace('dino_', '')}, {row['epochs']} ep."
+            axes.annotate(
+                epochs, (row["gflops_published"], row["AP"]), (4, 3), textcoords="offset points", fontsize=6.5
+            )
+    axes.set_xscale("log")
+    axes.set_xticks([50, 100, 200, 400, 800], ["50", "100", "200", "400", "800"])
+    axes.minorticks_off()
+    axes.margins(x=0.25)
+    axes.set_xlabel("GFLOPs, as published (logarithmic)")
+    axes.set_ylabel("box AP on COCO val2017, as published (%)")
+    axes.set_title("What the papers published")
+    axes.legend(frameon=False)
+    return figure
