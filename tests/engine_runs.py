@@ -16,6 +16,7 @@ from detr_family.datasets.coco import register_datasets
 from detr_family.datasets.shapes import write_shapes
 from detr_family.engine import Trainer
 from detr_family.engine.randomness import seed_all
+from detr_family.engine.watch import RunWriter
 
 
 def run_cfg(name: str, folder: Path, output: str, opts: list[Any] | None = None) -> CfgNode:
@@ -60,13 +61,13 @@ class StopAfter(HookBase):
             raise KeyboardInterrupt
 
 
-def train(cfg: CfgNode, resume: bool = False, stop_after: int | None = None, load: bool = True) -> Trainer:
+def train(cfg: CfgNode, resume: bool = False, stop_after: int | None = None) -> Trainer:
     """Train as train_net.py does, from the generators' start to the end, or to a stop."""
     torch.set_num_threads(1)
     seed_all(max(cfg.SEED, 0))
     trainer = Trainer(cfg)
-    if load:
-        trainer.resume_or_load(resume)
+    trainer._hooks = [hook for hook in trainer._hooks if not isinstance(hook, RunWriter)]  # draws for seconds
+    trainer.resume_or_load(resume)
     if stop_after is not None:
         trainer.register_hooks([StopAfter(stop_after)])
         try:
