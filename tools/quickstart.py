@@ -24,9 +24,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"quickstart: {error}")
     print(f"AP {ap:.1f}, AP50 {ap50:.1f} on the validation pictures")
-    print(
-        f"Predictions beside ground truth (pictures/), curves.png, log and weights: {args.output.resolve()}"
-    )
+    print(f"Predictions beside ground truth (pictures/), report.html, log and weights: {args.output.resolve()}")
 
 
 if __name__ == "__main__":
