@@ -88,7 +88,7 @@ def test_the_whole_way(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_VAL_PICTURES", 4)
     recipe = tmp_path / "short.yaml"
     recipe.write_text(
-        f"_BASE_: {ROOT / 'configs' / 'detr_quickstart.yaml'}\nSOLVER: {{MAX_ITER: 3, STEPS: [2], IMS_PER_BATCH: 2}}\n"
+        f"_BASE_: {ROOT / 'configs' / 'dino_quickstart.yaml'}\nSOLVER: {{MAX_ITER: 3, STEPS: [2], IMS_PER_BATCH: 2}}\n"
     )
     output = tmp_path / "out"
     ap, ap50 = quickstart(ROOT / "train_net.py", recipe, output, device="cpu")

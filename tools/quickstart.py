@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("output/quickstart"), help="folder for everything"
     )
-    parser.add_argument("--config-file", type=Path, default=root / "configs" / "detr_quickstart.yaml")
+    parser.add_argument("--config-file", type=Path, default=root / "configs" / "dino_quickstart.yaml")
     parser.add_argument("--device", help="cpu, cuda ...; by default a GPU where there is one")
     args = parser.parse_args()
     try:
