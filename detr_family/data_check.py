@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from PIL import Image, ImageDraw
 from tabulate import tabulate
 
+from detr_family.command_line import add_import
 from detr_family.config import load_config
 from detr_family.dataset_mapper import DETRDatasetMapper
 from detr_family.datasets.check import (
@@ -191,6 +192,7 @@ def parser(default_config: Path) -> argparse.ArgumentParser:
     result.add_argument("--seed", type=int, default=0, help="of the choice and the augmentation on the sheet")
     result.add_argument("--json", metavar="FILE", help='write the report as JSON; "-" for the standard output')
     result.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="pictures read at a time")
+    add_import(result)
     result.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the configuration")
     return result
 

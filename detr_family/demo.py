@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from detr_family.checkpoint import COCO_IDS
+from detr_family.command_line import add_import
 from detr_family.config import load_config
 from detr_family.datasets.coco import register_datasets
 from detr_family.predictor import Picture, Predictor
@@ -231,6 +232,7 @@ def parser() -> argparse.ArgumentParser:
         "--confidence-threshold", type=float, default=0.5, help="least score of what is drawn and written"
     )
     result.add_argument("--batch-size", type=int, default=1, help="pictures that go through the model together")
+    add_import(result)
     result.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs of the configuration")
     return result
 

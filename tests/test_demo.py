@@ -140,6 +140,23 @@ def test_pictures_of_one_name_are_both_written(folder: Path) -> None:
     assert Image.open(folder / "out" / "a_2.png").size == (30, 20)
 
 
+def test_a_detector_of_ones_own_is_made_known_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config("DETR")
+    cfg.MODEL.META_ARCHITECTURE = "DetrOfTheTests"
+    (folder / "config.yaml").write_text(cfg.dump())
+    (folder / "detector_of_the_tests.py").write_text(
+        "from detectron2.modeling import META_ARCH_REGISTRY\n"
+        "from detr_family.detr import DETR\n"
+        "@META_ARCH_REGISTRY.register()\n"
+        "class DetrOfTheTests(DETR):\n"
+        "    pass\n"
+    )
+    monkeypatch.chdir(folder)
+    assert demo(folder, folder / "pictures" / "a.png", more=("--import", "detector_of_the_tests")) == 0
+    with pytest.raises(SystemExit):
+        demo(folder, folder / "pictures" / "a.png", more=("--import", "detector_of_nobody"))
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_a_malicious_checkpoint_is_refused(folder: Path, suffix: str, capsys: pytest.CaptureFixture) -> None:
     content = {"model": {"a": torch.zeros(2)}, "class_names": [Bomb(folder / "exploded")]}

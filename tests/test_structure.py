@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "detr_family"
 
 # A module may import those of lower levels, and its own folder.
 LEVELS = [
-    ["structures", "layers", "swin"],
+    ["structures", "layers", "swin", "command_line"],
     ["config", "backbone", "postprocess", "matcher", "criterion", "denoising", "freezing"],
     ["set_detector", "deformable"],
     ["detr"],

@@ -4,6 +4,7 @@
 import argparse
 import sys
 
+from detr_family.command_line import add_import
 from detr_family.report import write_report
 
 
@@ -11,6 +12,7 @@ def main() -> None:
     """Parses the command line and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="the output folder of a training")
+    add_import(parser)
     args = parser.parse_args()
     try:
         print(write_report(args.folder))

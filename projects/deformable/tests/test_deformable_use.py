@@ -1,0 +1,42 @@
+"""Predictor, evaluation and drawings, as for every detector, for this project's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_evaluation
+import test_predictor
+import tiny
+from conftest import coco_folder  # noqa: F401  (a fixture)
+from engine import test_watch
+from test_deformable_detectors import DETECTORS
+from test_predictor import picture, weights  # noqa: F401  (fixtures)
+
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("name", DETECTORS)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known_to_the_suite() -> Iterator[None]:
+    tiny.DETECTORS.update(DETECTORS)
+    yield
+    for name in DETECTORS:
+        del tiny.DETECTORS[name]
+
+
+def test_predicts_what_an_evaluation_does(name: str, weights: Any, picture: Path) -> None:  # noqa: F811
+    test_predictor.test_predicts_what_an_evaluation_does(name, weights, picture)
+
+
+def test_batches_of_the_predictor(name: str, weights: Any) -> None:  # noqa: F811
+    test_predictor.test_batches_give_what_single_pictures_give(name, weights)
+
+
+def test_batches_of_the_evaluation(name: str, coco_folder: Path) -> None:  # noqa: F811
+    test_evaluation.test_evaluation_in_batches_of_three_equals_one_by_one_without_a_criterion(name, coco_folder)
+
+
+def test_predictions_are_drawn(name: str, coco_folder: Path) -> None:  # noqa: F811
+    test_watch.test_predictions_of_every_detector_are_drawn(name, coco_folder)
