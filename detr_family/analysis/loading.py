@@ -91,11 +91,15 @@ def quiet(*loggers: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-TITLES = {"ConditionalDETR": "Conditional DETR", "DABDETR": "DAB-DETR", "DNDETR": "DN-DETR"}
+TITLES = {
+    **{"ConditionalDETR": "Conditional DETR", "DABDETR": "DAB-DETR", "DNDETR": "DN-DETR"},
+    **{"DeformableDETR": "Deformable DETR", "DABDeformableDETR": "DAB-Deformable-DETR"},
+    "DNDeformableDETR": "DN-Deformable-DETR",
+}
 
 
 def title_of(model: SetDetector) -> str:
-    """The detector's name as its paper writes it; the class's own where it is none of the five."""
+    """The detector's name as its paper writes it; the class's own where it is none of those."""
     name = type(model).__name__
     return TITLES.get(name, name)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -127,27 +128,22 @@ def _wait_for(device: torch.device) -> None:
 
 def draw(rows: Sequence[dict[str, Any]]) -> Figure:
     """Published AP against GFLOPs, a point for each configuration, one colour and marker for each detector."""
-    figure = style.new_figure(6.8, 4.4)
+    figure = style.new_figure(7.4, 5.2)
     axes = style.tidy(figure.subplots())
     known = [row for row in rows if row.get("AP") is not None and row.get("gflops_published") is not None]
     if not known:
         style.say_empty(axes, "none of these configurations has published figures:\nthe table has what was measured")
         return figure
-    names = list(dict.fromkeys(row["detector"] for row in known))
-    for number, name in enumerate(names):
-        chosen = [row for row in known if row["detector"] == name]
+    kinds = list(dict.fromkeys((row["detector"], row["epochs"]) for row in known))
+    for number, kind in enumerate(kinds):
+        chosen = [row for row in known if (row["detector"], row["epochs"]) == kind]
         axes.scatter(
             [row["gflops_published"] for row in chosen],
             [row["AP"] for row in chosen],
             color=style.COLOURS[number % len(style.COLOURS)],
             marker=style.MARKERS[number % len(style.MARKERS)],
-            label=name,
+            label=kind[0] if kind[1] is None else f"{kind[0]}, {kind[1]} epochs",
         )
-        for row in chosen:
-            epochs = f"{row['config'].split('detr_')[-1].replace('dino_', '')}, {row['epochs']} ep."
-            axes.annotate(
-                epochs, (row["gflops_published"], row["AP"]), (4, 3), textcoords="offset points", fontsize=6.5
-            )
     axes.set_xscale("log")
     axes.set_xticks([50, 100, 200, 400, 800], ["50", "100", "200", "400", "800"])
     axes.minorticks_off()
@@ -156,4 +152,28 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
     axes.set_ylabel("box AP on COCO val2017, as published (%)")
     axes.set_title("What the papers published")
     axes.legend(frameon=False)
+    figure.canvas.draw()  # fixes the scales that labels are placed by
+    _label(axes, [(row["config"].split("detr_")[-1], row["gflops_published"], row["AP"]) for row in known])
     return figure
+
+
+def _label(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names beside points, each at the first of eight places where it covers no point and no other name."""
+    scale = axes.figure.dpi / 72  # pixels of a typographic point
+    pixels = axes.transData.transform([(x, y) for _, x, y in points])
+    taken = [(px - 4 * scale, py - 4 * scale, px + 4 * scale, py + 4 * scale) for px, py in pixels]
+    for (name, x, y), (px, py) in zip(points, pixels, strict=True):
+        width, height = 3.6 * scale * len(name), 7 * scale
+        places = [(dx if dx > 0 else dx - width / scale, dy) for dy in (-3, 4, -10, 11) for dx in (6, -6)]
+        boxes = [(px + dx * scale, py + dy * scale) for dx, dy in places]
+        overlaps = [
+            sum(
+                max(min(left + width, t[2]) - max(left, t[0]), 0) * max(min(low + height, t[3]) - max(low, t[1]), 0)
+                for t in taken
+            )
+            for left, low in boxes
+        ]
+        best = overlaps.index(min(overlaps))
+        left, low = boxes[best]
+        taken.append((left, low, left + width, low + height))
+        axes.annotate(name, (x, y), places[best], textcoords="offset points", fontsize=6.5)
