@@ -53,12 +53,12 @@ class Levels:
         ratios, centres = [], []
         for mask in masks:
             height, width = mask.shape[1:]
-            valid = torch.stack([(~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)], -1).float()  # B x 2
+            valid_x, valid_y = (~mask[:, 0]).sum(1).float(), (~mask[:, :, 0]).sum(1).float()  # B
             x = torch.arange(width, dtype=torch.float32, device=mask.device) + 0.5
             y = torch.arange(height, dtype=torch.float32, device=mask.device) + 0.5
             grid = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).flatten(0, 1)  # HW x 2
-            centres.append(grid / valid[:, None])
-            ratios.append(valid / valid.new_tensor([width, height]))
+            centres.append(grid / torch.stack([valid_x, valid_y], -1)[:, None])
+            ratios.append(torch.stack([valid_x / width, valid_y / height], -1))
         return cls(
             shapes=[(mask.shape[1], mask.shape[2]) for mask in masks],
             padding=torch.cat([mask.flatten(1) for mask in masks], 1) if padded else None,

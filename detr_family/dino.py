@@ -142,11 +142,12 @@ class DINO(SetDetector):
                 f"MODEL.DINO.LABEL_NOISE is {label_noise} and must be from 0 to 2 (half of it is a probability), "
                 f"BOX_NOISE is {box_noise} and must be at least 0"
             )
-        self.features = list(backbone.output_shape())
+        shapes = backbone.output_shape()
+        self.features = sorted(shapes, key=lambda name: shapes[name].stride)  # finest first
         self.transformer = transformer
         self.position_encoding = position_encoding
         self.input_proj = LevelProjections(
-            [backbone.output_shape()[name].channels for name in self.features],
+            [shapes[name].channels for name in self.features],
             transformer.dim,
             len(transformer.level_embed),
             ignore_padding=transformer.ignore_padding,

@@ -21,6 +21,13 @@ def test_sine_values() -> None:
     torch.testing.assert_close(value[0, 1, 3], torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
+def test_sine_may_count_from_the_middle_of_pixels() -> None:
+    """Deformable DETR's: position (i - 0.5) / n in place of i / n."""
+    mask = torch.zeros(1, 1, 4, dtype=torch.bool)
+    value = SinePositionEncoding(4, temperature_x=20.0, temperature_y=20.0, offset=-0.5)(mask)
+    torch.testing.assert_close(value[0, 0, :, 2], (2 * math.pi * torch.tensor([0.5, 1.5, 2.5, 3.5]) / 4).sin())
+
+
 def test_sine_does_not_depend_on_padding() -> None:
     encoding = SinePositionEncoding(8, temperature_x=10000.0, temperature_y=10000.0)
     mask = torch.ones(1, 6, 7, dtype=torch.bool)
