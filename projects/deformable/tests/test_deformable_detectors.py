@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,6 @@ from test_detectors import *  # noqa: F403  (the suite itself)
 
 import projects.deformable  # noqa: F401
 from detr_family.set_detector import SetDetector
-from projects.deformable.deformable_detr import TwoStagePrediction
-
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 
 
 def deformable(cfg: CfgNode) -> None:
@@ -150,84 +146,3 @@ def test_heads_start_from_the_releases_values(name: str) -> None:
         expected = [[0.0, 0.0, -2.0, -2.0], *expected[1:]]
     assert sizes == expected
     assert {round(float(b), 3) for head in model.class_embed for b in head.bias.detach()} == {-4.595}
-
-
-# What is of one of them alone does not go over all names.
-def only(name: str, wanted: str) -> None:
-    if name != wanted:
-        pytest.skip(f"of {wanted}")
-
-
-def test_proposals_are_trained_for_one_label_and_have_a_row_for_it(name: str) -> None:
-    only(name, "DeformableDETR two-stage")
-    model = build(name).train()
-    inputs = tiny.batch()
-    prediction = model.predict(model.preprocess_image(inputs), model.targets(inputs))
-    assert isinstance(prediction, TwoStagePrediction)
-    tokens = 5 * 6 + 3 * 3 + 2 * 2
-    assert prediction.proposals.logits.shape == (2, tokens, tiny.NUM_CLASSES + 1)
-    losses = model(inputs)
-    assert {"loss_ce_enc", "loss_bbox_enc", "loss_giou_enc"} <= losses.keys()
-    for x in inputs:
-        x["instances"].gt_classes = (x["instances"].gt_classes + 1) % tiny.NUM_CLASSES
-    others = model(inputs)
-    assert torch.equal(others["loss_ce_enc"], losses["loss_ce_enc"]) and others["loss_ce"] != losses["loss_ce"]
-
-
-def test_padding_is_chosen_last(name: str) -> None:
-    only(name, "DeformableDETR two-stage")
-    model = build(name).eval()
-    small, large = tiny.picture(64, 96, 0, seed=1), tiny.picture(128, 160, 0, seed=2)
-    with torch.no_grad():
-        for parameter in (model.transformer.enc_output.weight, model.class_embed[-1].weight):
-            parameter.normal_()
-        model.transformer.enc_output_norm.bias.normal_()
-        references = []
-        decoder = model.transformer.decoder
-        decoder.register_forward_pre_hook(lambda *a: references.append(a[2]["reference"]), with_kwargs=True)
-        model.predict(model.preprocess_image([small, large]))
-    # An unusable token proposes the box 1, 1, 1, 1.
-    assert (references[0] < 1).all()
-
-
-def test_without_refinement_there_are_no_two_stages(name: str) -> None:
-    only(name, "DeformableDETR two-stage")
-    with pytest.raises(ValueError, match=r"TWO_STAGE needs MODEL\.DEFORMABLE\.BOX_REFINEMENT"):
-        build(name, BOX_REFINEMENT=False)
-
-
-def test_patterns_multiply_the_set(name: str) -> None:
-    only(name, "DABDeformableDETR")
-    cfg = cfg_of(name)
-    cfg.MODEL.DAB.NUM_PATTERNS = 2
-    model = build_model(cfg).eval()
-    with torch.no_grad():
-        prediction = model.predict(model.preprocess_image(tiny.batch()))
-        model.patterns_embed.weight[1] = model.patterns_embed.weight[0]
-        same = model.predict(model.preprocess_image(tiny.batch()))
-    assert prediction.logits.shape == (2, 14, tiny.NUM_CLASSES)
-    assert not torch.allclose(prediction.logits[:, :7], prediction.logits[:, 7:], atol=1e-3)
-    torch.testing.assert_close(same.boxes[:, :7], same.boxes[:, 7:])
-
-
-@pytest.mark.parametrize("key", ["NUM_PATTERNS", "FIX_CENTRES"])
-def test_settings_of_dab_detr_that_it_does_not_have_are_refused(name: str, key: str) -> None:
-    if (name == "DABDeformableDETR" and key == "NUM_PATTERNS") or name.startswith("DeformableDETR"):
-        pytest.skip("has it, or has nothing of DAB-DETR")
-    cfg = cfg_of(name)
-    cfg.MODEL.DAB[key] = type(cfg.MODEL.DAB[key])(1)
-    with pytest.raises(ValueError, match=rf"MODEL\.DAB\.{key}"):
-        build_model(cfg)
-
-
-def test_denoising_changes_no_matching_query(name: str) -> None:
-    only(name, "DNDeformableDETR")
-    model = build(name).train()
-    inputs = tiny.batch()
-    with torch.no_grad():
-        with_groups = model.predict(model.preprocess_image(inputs), model.targets(inputs))
-        without = model.predict(model.preprocess_image(inputs))
-    assert len(with_groups.groups) == 9
-    torch.testing.assert_close(with_groups.logits, without.logits, rtol=1e-4, atol=1e-5)
-    losses = model(inputs)
-    assert {"loss_ce_dn", "loss_bbox_dn_0", "loss_giou_dn"} <= losses.keys()
