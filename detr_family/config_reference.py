@@ -18,7 +18,8 @@ Made by `python tools/config_reference.py` from the comments in [config.py](../d
 
 These are the keys that detr_family adds to Detectron2's, with their defaults; the recipes in [configs/](../configs)
 set them to the papers' values. Keys of Detectron2's own (`SOLVER.BASE_LR`, `INPUT.MIN_SIZE_TRAIN` ...) keep the meaning
-that its documentation gives them. A key that does not exist is an error that names similar ones.
+that its documentation gives them, and projects explain theirs in a config.py of their own
+([deformable](../projects/deformable/config.py)). A key that does not exist is an error that names similar ones.
 """
 
 _ASSIGNMENT = re.compile(r"(_C|cfg)((?:\.[A-Z0-9_]+)+) = (.*)")
