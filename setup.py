@@ -33,6 +33,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3"],
         "parity": ["transformers>=4.40"],
+        "video": ["opencv-python-headless>=4.5"],  # for demo.py on videos
         "lint": ["ruff>=0.6", "mypy>=1.10"],
     },
 )

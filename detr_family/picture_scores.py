@@ -95,11 +95,11 @@ def score_pictures(
     """
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for entry in results:
-        by_image[entry["image_id"]].append({**entry, "category_id": class_of[entry["category_id"]]})
+        by_image[entry["image_id"]].append(entry)
     judged = []
     for record in records:
         found = sorted(by_image[record["image_id"]], key=lambda entry: -entry["score"])[:_MOST_DETECTIONS]
-        judged.append((record, found, *_judge(record, found)))
+        judged.append((record, found, *_judge(record, found, class_of)))
     scores = np.concatenate([np.asarray([d["score"] for d in found]) for _, found, _, _ in judged] or [np.zeros(0)])
     right = np.concatenate([right for _, _, right, _ in judged] or [np.zeros(0, bool)])
     counted = ~np.concatenate([ignored for _, _, _, ignored in judged] or [np.zeros(0, bool)])
@@ -110,7 +110,11 @@ def score_pictures(
         kept = np.asarray([d["score"] >= threshold for d in found], bool)
         hits, misses = int((kept & is_right).sum()), int((kept & ~is_right & ~ignored).sum())
         total = hits + misses + _objects(record)
-        shown = [entry for entry, keep in zip(found, kept, strict=True) if keep]
+        shown = [
+            {**entry, "category_id": class_of[entry["category_id"]]}
+            for entry, keep in zip(found, kept, strict=True)
+            if keep
+        ]
         picture_f1 = 2 * hits / total if total else 1.0
         pictures.append(PictureScore(record, shown, picture_f1, hits, _objects(record), misses))
     return SetScore(threshold, precision, recall, f1, pictures)
@@ -120,9 +124,11 @@ def _objects(record: dict[str, Any]) -> int:
     return sum(not a.get("iscrowd", 0) for a in record["annotations"])
 
 
-def _judge(record: dict[str, Any], found: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def _judge(
+    record: dict[str, Any], found: Sequence[dict[str, Any]], class_of: dict[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     right, ignored = np.zeros(len(found), bool), np.zeros(len(found), bool)
-    classes = np.asarray([entry["category_id"] for entry in found], int)
+    classes = np.asarray([class_of[entry["category_id"]] for entry in found], int)
     for number in set(classes.tolist()):
         places = np.where(classes == number)[0]
         truth = [a for a in record["annotations"] if a["category_id"] == number]
