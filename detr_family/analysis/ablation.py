@@ -99,9 +99,9 @@ def draw(rows: Sequence[dict[str, Any]]) -> Figure:
     ]
     if published:
         axes.plot(*zip(*published, strict=True), "D", color=style.COLOURS[1], markersize=5, label="published, on COCO")
-        axes.legend(frameon=False, loc="lower right")
+        figure.legend(frameon=False, loc="outside lower center")
     axes.set_yticks(list(places), [row["row"] for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("box AP on the test set (%)" + (", bars: standard deviation of seeds" if _seeds(rows) else ""))
     axes.set_xlim(left=0)
     return figure
