@@ -1,6 +1,12 @@
 """A small COCO-format data set, with whatever fault a test wants in it."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
 
 # Ids with holes, not in order; two pictures with objects, one without.
 CATEGORIES = [{"id": 7, "name": "red"}, {"id": 3, "name": "white"}, {"id": 100, "name": "platelet"}]
@@ -21,3 +27,15 @@ def write(folder, changes=None, name="train.json", without=()):
     data = {key: value for key, value in data.items() if key not in without}
     (folder / name).write_text(json.dumps(data))
     return str(folder / name)
+
+
+@pytest.fixture
+def coco_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder with the pictures of IMAGES; data sets registered in the test are forgotten after it."""
+    for image in IMAGES:
+        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / image["file_name"])
+    known = set(DatasetCatalog.list())
+    yield tmp_path
+    for name in set(DatasetCatalog.list()) - known:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

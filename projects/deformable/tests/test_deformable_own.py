@@ -15,6 +15,7 @@ from projects.deformable.deformable_detr import TwoStagePrediction
 
 TWO_STAGE = "DeformableDETR two-stage"  # of DETECTORS
 
+
 def test_proposals_are_trained_for_one_label_and_have_a_row_for_it() -> None:
     model = build(TWO_STAGE).train()
     inputs = tiny.batch()

@@ -10,8 +10,8 @@ import pytest
 import test_evaluation
 import test_predictor
 import tiny
-from conftest import coco_folder  # noqa: F401  (a fixture)
 from engine import test_watch
+from own_data import coco_folder  # noqa: F401  (a fixture)
 from test_deformable_detectors import DETECTORS
 from test_predictor import picture, weights  # noqa: F401  (fixtures)
 
