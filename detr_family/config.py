@@ -190,8 +190,8 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Training pictures on which the instability of matching is measured after every epoch, evenly spaced; 0: not at
     # all (DN-DETR, section 3.2).
     cfg.TEST.INSTABILITY_IMAGES = 0
-    # Pictures that go through the model together in an evaluation, on each process. Padding is masked, but a
-    # convolution sees it: with more than 1 the last digits depend on what a picture is batched with.
+    # Pictures that go through the model together in an evaluation, on each process, at most: only those of one size
+    # do, so that nothing is padded and the results are those of one by one.
     cfg.TEST.IMS_PER_BATCH = 1
     # Parts that each process computes its share of SOLVER.IMS_PER_BATCH in, one after the other, for one step of the
     # optimizer: the recipe's batch on fewer or smaller GPUs. Losses and gradients are those of the whole batch.

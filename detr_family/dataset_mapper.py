@@ -7,11 +7,12 @@ same in distribution, as where the crop lies is as likely left as right.
 """
 
 import copy
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
 from torch.utils.data import DataLoader
@@ -103,6 +104,9 @@ class DETRDatasetMapper(DatasetMapper):
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Batches of a test set, each picture on one process once.
 
+    Only pictures of one size share a batch: then nothing is padded, and the results are those of one by one. (What is
+    padding is masked, but the backbone's convolutions see it.)
+
     Args:
         cfg: reads INPUT.*, TEST.IMS_PER_BATCH (pictures together, on each process) and DATALOADER.NUM_WORKERS.
         dataset_name: a registered name.
@@ -113,15 +117,17 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     count = cfg.TEST.IMS_PER_BATCH
     if count < 1:
         raise ValueError(f"TEST.IMS_PER_BATCH is {count}; it must be at least 1")
-    loader: DataLoader = build_detection_test_loader(cfg, dataset_name, mapper=DETRDatasetMapper(cfg, False))
+    mapper = DETRDatasetMapper(cfg, False)
     if count == 1:
-        return loader
-    # Detectron2 0.6 has no argument for this.
+        alone: DataLoader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return alone
+    dicts = get_detection_dataset_dicts([dataset_name], filter_empty=False)
+    workers = cfg.DATALOADER.NUM_WORKERS
+    loader: DataLoader = build_detection_test_loader(dicts, mapper=mapper, num_workers=workers)
     batches: Any = loader.batch_sampler
-    return DataLoader(
-        loader.dataset,
-        batch_size=count,
-        sampler=batches.sampler,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-    )
+    groups: dict[object, list[int]] = defaultdict(list)
+    for index in batches.sampler:  # those of this process
+        record = dicts[index]
+        groups[(record["height"], record["width"]) if "height" in record else index].append(index)
+    parts = [group[i : i + count] for group in groups.values() for i in range(0, len(group), count)]
+    return DataLoader(loader.dataset, batch_sampler=parts, num_workers=workers, collate_fn=loader.collate_fn)
