@@ -52,7 +52,8 @@ class Prediction:
 class Predictor:
     """Reads, resizes and batches pictures as an evaluation does, and runs a detector on them.
 
-    A picture's result may differ in the last digits with what it is batched with: a convolution sees the padding.
+    Only pictures of one size that follow each other share a batch: then nothing is padded, and the results are those
+    of one by one. (What is padding is masked, but the backbone's convolutions see it.)
 
     Args:
         model: a detector with Detectron2's contract; it is put into evaluation mode.
@@ -60,7 +61,7 @@ class Predictor:
         input_format: the channel order that the model was trained with (INPUT.FORMAT), "RGB" or "BGR".
         min_size: the shorter side that pictures are resized to, pixels (INPUT.MIN_SIZE_TEST); 0 leaves them.
         max_size: the most that the longer side may then have (INPUT.MAX_SIZE_TEST).
-        batch_size: pictures that go through the model together.
+        batch_size: pictures that go through the model together, at most.
 
     Raises:
         ValueError: a batch size below 1, or a channel order that is neither.
@@ -176,6 +177,9 @@ class Predictor:
                     raise
                 on_error(picture, error)
                 continue
+            if batch and image.shape != batch[0][1].shape:
+                yield from self._predict(batch)
+                batch = []
             batch.append((picture, image))
             if len(batch) == self.batch_size:
                 yield from self._predict(batch)

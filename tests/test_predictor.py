@@ -88,16 +88,17 @@ def test_paths_and_arrays_of_either_order_are_the_same_picture(input_format: str
 @pytest.mark.parametrize("name", tiny.DETECTORS)
 def test_batches_give_what_single_pictures_give(name: str, weights: Any) -> None:
     rng = np.random.default_rng(1)
-    # Resized to multiples of 64, the coarsest stride: else the feature maps' sizes are rounded.
-    sizes = [(48, 96), (64, 64), (96, 48), (80, 80), (32, 64)]
+    sizes = [(48, 96), (48, 96), (97, 50), (80, 81), (32, 64), (32, 64), (32, 64), (32, 64)]
     cfg = config(name)
-    cfg.INPUT.MAX_SIZE_TEST = 128
     pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     path = weights(name)
     single = Predictor.from_config(cfg, path)
     alone = [single(picture) for picture in pictures]
-    together = Predictor.from_config(cfg, path, batch_size=3)(pictures)
-    assert len(together) == 5
+    predictor = Predictor.from_config(cfg, path, batch_size=3)
+    batches: list[int] = []
+    predictor.model.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    together = predictor(pictures)
+    assert batches == [2, 1, 1, 3, 1] and len(together) == 8
     for one, other, size in zip(alone, together, sizes, strict=True):
         assert other.image_size == size
         equal(one, other, 1e-4)
