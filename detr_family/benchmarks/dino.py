@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--config-file", required=True, help="of a detector with deformable attention")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), help="height and width in pixels")
     parser.add_argument("--boxes", type=int, default=7, help="in the picture of a training step (7 is COCO's mean)")
+    parser.add_argument("--only", choices=("inference", "training"), help="one line of the table alone")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wall", action="store_true", help="wall-clock time in place of the process's CPU time")
@@ -97,7 +98,8 @@ def main() -> None:
     clock = "wall-clock" if args.wall else "CPU"
     print(f"one picture of {height}x{width}, {args.threads} thread(s), {clock} seconds, medians of {args.repeats}")
     print(f"{'':12}{'native':>10}{'torch':>10}{'ratio':>8}   share of deformable attention")
-    for name, train in (("inference", False), ("training", True)):
+    for name in (args.only,) if args.only else ("inference", "training"):
+        train = name == "training"
         model.train(train)
         run = step_of(model, inputs) if train else inference_of(model, inputs)
         with operator_calls() as calls:
