@@ -22,7 +22,7 @@ if command -v cuobjdump > /dev/null; then
 fi
 echo "== tests marked gpu"
 if "$python" -m pytest --version > /dev/null 2>&1; then
-  "$python" -m pytest -q -m gpu tests/layers/test_deformable_attention.py || status=1
+  "$python" -m pytest -q -m gpu tests || status=1
 else
   echo "pytest is not installed: skipped"
 fi
