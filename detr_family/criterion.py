@@ -65,7 +65,8 @@ def mean_num_boxes(targets: Targets) -> Tensor:
     At least one box in all of them together: so the loss never depends on how a batch is split.
     """
     whole = _whole_batch.get() or _WholeBatch(targets.counts, 1)
-    count = torch.tensor(sum(whole.box_counts) / whole.parts, device=targets.labels.device)
+    mean = sum(whole.box_counts) / whole.parts
+    count = torch.full((), mean, device=targets.labels.device)  # filled there: a copy would wait for the device
     return mean_over_ranks(count).clamp(min=1 / (whole.parts * comm.get_world_size()))
 
 

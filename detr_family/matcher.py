@@ -118,5 +118,5 @@ class HungarianMatcher:
         if not query:
             none = torch.empty((num_layers, 0), dtype=torch.long, device=device)
             return Assignment(none, none)
-        pairs = torch.stack([torch.cat(query), torch.cat(target)]).view(2, num_layers, -1).to(device)
+        pairs = torch.stack([torch.cat(query), torch.cat(target)]).view(2, num_layers, -1).to(device, non_blocking=True)
         return Assignment(query=pairs[0], target=pairs[1])

@@ -177,7 +177,7 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
         """(B, H, W) bool, True where a pixel is padding."""
         height, width = images.tensor.shape[-2:]
         device = images.tensor.device
-        sizes = torch.as_tensor(images.image_sizes).to(device)  # B x 2
+        sizes = torch.as_tensor(images.image_sizes).to(device, non_blocking=True)  # B x 2
         below = torch.arange(height, device=device)[None, :, None] >= sizes[:, 0, None, None]
         right = torch.arange(width, device=device)[None, None, :] >= sizes[:, 1, None, None]
         return below | right
