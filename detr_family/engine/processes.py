@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -39,10 +40,10 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
                 "torchrun starts the processes (--nproc-per-node, --nnodes): leave out --num-gpus and --num-machines"
             )
         _join()
-        _main(main, args)
+        run_and_leave(main, args)
         return
     detectron2_launch(
-        _main,
+        run_and_leave,
         args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
@@ -51,9 +52,21 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     )
 
 
-def _main(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    main(args)
-    leave_process_group()
+def run_and_leave(main: Callable[..., Any], *args: Any) -> None:
+    """Run `main(*args)` in a process of a run, then wait for the other processes and close the connections.
+
+    Detectron2's launcher leaves the closing to the interpreter's end, where a thread of gloo that still runs aborts the
+    process after all its work was done. The threads end with the last reference to their group: those of
+    `main` are gone when it has returned, those of Detectron2's are dropped here.
+    """
+    main(*args)
+    if comm.get_world_size() == 1:
+        return
+    comm.synchronize()
+    dist.destroy_process_group()
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()  # DDP's wrapper is part of a cycle
 
 
 def _join() -> None:
@@ -82,14 +95,3 @@ def _make_local_group(size: int) -> None:
         group = dist.new_group(list(range(first, first + size)))
         if first <= comm.get_rank() < first + size:
             comm._LOCAL_PROCESS_GROUP = group
-
-
-def leave_process_group() -> None:
-    """Wait for the other processes and close the connections; nothing where there is one process.
-
-    Detectron2's launcher leaves that to the interpreter's end, where a thread of gloo that still runs aborts
-    the process after all its work was done.
-    """
-    if comm.get_world_size() > 1:
-        comm.synchronize()
-        dist.destroy_process_group()

@@ -15,7 +15,7 @@ from engine_runs import run_cfg, train
 from torch import Tensor
 
 from detr_family.engine.optimizer import build_optimizer
-from detr_family.engine.processes import leave_process_group
+from detr_family.engine.processes import run_and_leave
 from detr_family.engine.step import TrainStep
 from detr_family.engine.trainer import check_batch_size
 
@@ -63,7 +63,6 @@ def run_all(folder: Path, output: str, accumulation: int, names: list[str]) -> N
         trainer = train(run_cfg(name, folder, f"{output}_{name}", opts))
         if comm.is_main_process():
             torch.save(trainer.checkpointer.model.state_dict(), folder / f"{output}_{name}.pth")
-    leave_process_group()
 
 
 @pytest.mark.slow
@@ -71,8 +70,8 @@ def test_eight_parts_are_eight_processes(tmp_path: Path) -> None:
     """Whole trainings with augmentation and dropout: the parts draw what the processes draw."""
     names = list(tiny.DETECTORS)
     run_all(tmp_path, "parts", 8, names)
-    launch(run_all, 8, dist_url="auto", args=(tmp_path, "processes", 1, names))
-    launch(run_all, 2, dist_url="auto", args=(tmp_path, "both", 4, names))
+    launch(run_and_leave, 8, dist_url="auto", args=(run_all, tmp_path, "processes", 1, names))
+    launch(run_and_leave, 2, dist_url="auto", args=(run_all, tmp_path, "both", 4, names))
     for name in names:
         parts = torch.load(tmp_path / f"parts_{name}.pth", weights_only=True)
         for output in ("processes", "both"):

@@ -13,7 +13,7 @@ from detectron2.engine import create_ddp_model, launch
 from detectron2.utils import comm
 
 from detr_family.engine import processes
-from detr_family.engine.processes import leave_process_group
+from detr_family.engine.processes import run_and_leave
 
 Result = tuple[dict[str, float], dict[str, torch.Tensor]]
 
@@ -28,11 +28,10 @@ def losses_and_gradients(name: str, batches: list[list[dict[str, Any]]], path: s
         mean = {k: sum(x[k] for x in gathered) / len(gathered) for k in losses}
         gradients = {k.removeprefix("module."): p.grad for k, p in model.named_parameters() if p.requires_grad}
         torch.save((mean, gradients), path)
-    leave_process_group()
 
 
 def in_processes(name: str, batches: list[list[dict[str, Any]]], path: Path) -> Result:
-    launch(losses_and_gradients, len(batches), dist_url="auto", args=(name, batches, str(path)))
+    launch(run_and_leave, len(batches), dist_url="auto", args=(losses_and_gradients, name, batches, str(path)))
     return torch.load(path, weights_only=True)
 
 
@@ -77,12 +76,11 @@ def compare_checkpointed() -> None:
         plain, again = gradients(name, False), gradients(name, True)
         for key, gradient in plain.items():
             assert torch.equal(again[key], gradient), f"{name} {key}"
-    leave_process_group()
 
 
 @pytest.mark.slow
 def test_activation_checkpointing_over_processes_changes_no_gradient() -> None:
-    launch(compare_checkpointed, 2, dist_url="auto")
+    launch(run_and_leave, 2, dist_url="auto", args=(compare_checkpointed,))
 
 
 def test_torchruns_environment_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +109,30 @@ def local_groups_of_release_0_6() -> None:
     comm._LOCAL_PROCESS_GROUP = None
     processes._make_local_group(2)
     assert (comm.get_local_rank(), comm.get_local_size()) == (comm.get_rank() % 2, 2)
-    leave_process_group()
 
 
 @pytest.mark.slow
 def test_groups_of_one_machine_without_detectron2s_help() -> None:
-    launch(local_groups_of_release_0_6, 4, dist_url="auto")
+    launch(run_and_leave, 4, dist_url="auto", args=(local_groups_of_release_0_6,))
+
+
+def gloo_threads() -> int:
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
+
+
+def talk() -> None:
+    model = create_ddp_model(torch.nn.Linear(3, 3), broadcast_buffers=False, device_ids=None)
+    model(torch.ones(2, 3)).sum().backward()
+    assert len(comm.gather(comm.get_rank())) in (0, 2) and gloo_threads() > 0
+
+
+def no_thread_outlives_the_run() -> None:
+    run_and_leave(talk)
+    assert gloo_threads() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux shows them")
+def test_no_thread_of_gloo_is_left_to_abort_the_process() -> None:
+    launch(no_thread_outlives_the_run, 2, dist_url="auto")

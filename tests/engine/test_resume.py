@@ -22,7 +22,7 @@ from engine_runs import assert_bit_equal, everything, run_cfg, train, weights_of
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.datasets.coco import register_datasets
 from detr_family.engine import Trainer
-from detr_family.engine.processes import leave_process_group
+from detr_family.engine.processes import run_and_leave
 
 
 @pytest.mark.parametrize("name", tiny.DETECTORS)
@@ -246,13 +246,12 @@ def resume_in_processes(folder: Path) -> None:
     train(cfg, stop_after=5)
     comm.synchronize()
     assert_bit_equal(whole, everything(train(cfg, resume=True)))
-    leave_process_group()
 
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_resumed_exactly(tmp_path: Path) -> None:
     run_cfg("DNDETR", tmp_path, "whole")  # writes the data
-    launch(resume_in_processes, 2, dist_url="auto", args=(tmp_path,))
+    launch(run_and_leave, 2, dist_url="auto", args=(resume_in_processes, tmp_path))
 
 
 def test_a_checkpoint_that_some_machine_cannot_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
