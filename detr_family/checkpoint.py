@@ -1,109 +1,35 @@
 """Loading weights: the five papers' released files as they are, ImageNet backbones, and one's own checkpoints.
 
-A file is told by its names. Released detectors keep torchvision's ResNet under `backbone.0.body` and one row per
-COCO category id (1..90 with holes); here the ResNet is Detectron2's and classes are contiguous.
+A file is told by the names in it (`detr_family.released_names`).
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import pickle
 import re
-import zipfile
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import IO, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathHandler, PathManager
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
+
+from detr_family.checkpoint_files import UNFINISHED, is_whole, load_pickle, load_torch, replacing
+from detr_family.released_names import (
+    CLASS_ROWS,
+    COCO_IDS,
+    COCO_NAMES,
+    DETREX_NAME,
+    SWIN_INDICES,
+    convert_released,
+    convert_swin,
+    resnet_name,
+)
 
 _logger = logging.getLogger(__name__)
-
-COCO_IDS = [c["id"] for c in COCO_CATEGORIES if c["isthing"]]  # of the contiguous classes 0..79
-COCO_NAMES = [c["name"] for c in COCO_CATEGORIES if c["isthing"]]
-
-# What stands in for a class in some tensor's first dimension.
-_CLASS_ROWS = re.compile(r"(^|\.)(class_embed|enc_out_class_embed|label_enc)\.")
-
-_RELEASE_BACKBONE = "backbone.0.body."
-_RESNET_NAMES = (
-    (r"^(conv1|bn1)\.", r"stem.\1."),
-    (r"^layer(\d)\.", lambda m: f"res{int(m[1]) + 1}."),
-    (r"\.downsample\.0\.", ".shortcut."),
-    (r"\.downsample\.1\.", ".shortcut.norm."),
-    (r"\.bn(\d)\.", r".conv\1.norm."),
-)
-# detrex lists a layer's attentions, feed-forward networks and norms; no release does.
-_DETREX_NAME = re.compile(r"transformer\.(encoder|decoder)\.layers\.\d+\.(attentions|ffns)\.\d+\.")
-# What Swin's files hold beside weights: buffers that follow from the sizes of windows and pictures.
-_SWIN_INDICES = re.compile(r"\.(relative_position_index|attn_mask)$")
-
-
-def resnet_name(name: str) -> str:
-    """Detectron2's name of a parameter of torchvision's ResNet: `layer1.0.bn2.bias` -> `res2.0.conv2.norm.bias`."""
-    for pattern, replacement in _RESNET_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def released_name(name: str) -> str:
-    """The name here of a parameter of a paper's release; after the backbone they are the same, and Swin's are too."""
-    if name.startswith(_RELEASE_BACKBONE):
-        return "backbone." + resnet_name(name[len(_RELEASE_BACKBONE) :])
-    if name.startswith("backbone.0."):
-        return "backbone." + name[len("backbone.0.") :]
-    # The releases join backbone and spatial encoding: the latter is number 1.
-    return re.sub(r"^backbone\.1\.", "position_encoding.", name)
-
-
-def convert_released(
-    state: dict[str, Tensor], num_classes: int, with_one_more: Collection[str] = ()
-) -> dict[str, Tensor]:
-    """A paper's released state dict under the names here.
-
-    With 80 classes the rows of the 80 COCO categories are picked from the releases' 91; where there is a 92nd
-    row (no-object of DETR, the unknown label of the denoising detectors) it is kept, last.
-
-    Args:
-        state: the release's.
-        num_classes: of the model here.
-        with_one_more: names here of tensors with one row more than there are classes. Those that have 91 rows in the
-            release are a two-stage detector's head for proposals: row 0, no category's, says whether there is an
-            object, and comes last here.
-    """
-    converted = {}
-    for name, tensor in state.items():
-        if name.endswith("num_batches_tracked") or _SWIN_INDICES.search(name):
-            continue
-        here = released_name(name)
-        if _CLASS_ROWS.search(name) and len(tensor) in (91, 92):
-            rows = COCO_IDS if num_classes == len(COCO_IDS) else list(range(91))
-            rows = rows + list(range(91, len(tensor)))
-            if len(tensor) == 91 and here in with_one_more:
-                rows = [*rows, 0]
-            tensor = tensor[rows]
-        converted[here] = tensor
-    return converted
-
-
-def convert_swin(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An ImageNet Swin of its authors as a backbone: without the classifier and the norm before it.
-
-    The norms of the stages' outputs are not in such a file: they start as they are initialised, as in the papers'
-    releases.
-    """
-    return {
-        "backbone." + name: tensor
-        for name, tensor in state.items()
-        if not name.startswith(("head.", "norm.")) and not _SWIN_INDICES.search(name)
-    }
 
 
 class DETRCheckpointer(DetectionCheckpointer):
@@ -167,7 +93,7 @@ class DETRCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         _logger.info("Saving checkpoint to %s", path)
-        with _replacing(path) as file:
+        with replacing(path) as file:
             torch.save(data, file)
         self.tag_last_checkpoint(f"{name}.pth")
 
@@ -176,7 +102,7 @@ class DETRCheckpointer(DetectionCheckpointer):
         if "://" in self.save_dir:
             super().tag_last_checkpoint(last_filename_basename)
             return
-        with _replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -223,12 +149,12 @@ class DETRCheckpointer(DetectionCheckpointer):
             return last, ""
         names = os.listdir(self.save_dir)
         for name in names:
-            if name.endswith(_UNFINISHED):
+            if name.endswith(UNFINISHED):
                 os.remove(os.path.join(self.save_dir, name))
         written = [os.path.join(self.save_dir, n) for n in names if re.fullmatch(r"model_(\d+|final)\.pth", n)]
         written.sort(key=lambda x: (os.path.getmtime(x), x), reverse=True)
         for path in [last, *(x for x in written if x != last)]:
-            if _is_whole(path):
+            if is_whole(path):
                 return path, ""
             _logger.warning("%s is missing or damaged: the checkpoint before it is tried", path)
         return "", (
@@ -271,7 +197,7 @@ class DETRCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
-            loaded = _load_pickle(filename) if filename.endswith(".pkl") else _load_torch(filename)
+            loaded = load_pickle(filename) if filename.endswith(".pkl") else load_torch(filename)
         except (pickle.UnpicklingError, EOFError, RuntimeError, UnicodeDecodeError, TypeError, KeyError) as error:
             raise ValueError(f"{self._path} is not a checkpoint that can be loaded safely: {error}") from error
         model = loaded.get("model") if isinstance(loaded, dict) else None
@@ -291,7 +217,7 @@ class DETRCheckpointer(DetectionCheckpointer):
             checkpoint["model"] = checkpoint["ema"]["model"]
         state = {re.sub(r"^module\.", "", k): v for k, v in checkpoint["model"].items()}
         backbone_only = bool(checkpoint.get("matching_heuristics"))
-        if any(_DETREX_NAME.match(name) for name in state):
+        if any(DETREX_NAME.match(name) for name in state):
             raise ValueError(
                 f"{self._path} is a checkpoint of detrex, whose detectors are not the papers' releases: its DINO, for "
                 "one, has a position encoding of temperature 10000 with an offset of -0.5, 80 classes and heads of "
@@ -315,11 +241,11 @@ class DETRCheckpointer(DetectionCheckpointer):
             backbone_only = True
             state = convert_swin(state)
             self._check_swin(state)
-        state = {k: v for k, v in state.items() if not _SWIN_INDICES.search(k)}  # Detectron2 keeps them
+        state = {k: v for k, v in state.items() if not SWIN_INDICES.search(k)}  # Detectron2 keeps them
         if self.class_rows == "match" and not backbone_only:
             self._match_rows(state, checkpoint.get("class_names"))
         elif self.class_rows == "new" and not backbone_only:
-            fresh = {k: v for k, v in self.model.state_dict().items() if k in state and _CLASS_ROWS.search(k)}
+            fresh = {k: v for k, v in self.model.state_dict().items() if k in state and CLASS_ROWS.search(k)}
             state.update(fresh)
             _logger.info("Rows of all classes start as in a new model: %s", ", ".join(fresh))
         checkpoint["model"] = state
@@ -347,7 +273,7 @@ class DETRCheckpointer(DetectionCheckpointer):
         places = {_plain_name(name): i for i, name in reversed(list(enumerate(theirs)))}
         kept = [(i, places[_plain_name(name)]) for i, name in enumerate(ours) if _plain_name(name) in places]
         model = self.model.state_dict()
-        for name in [name for name in state if _CLASS_ROWS.search(name) and name in model]:
+        for name in [name for name in state if CLASS_ROWS.search(name) and name in model]:
             rows, old = model[name].detach().cpu().clone(), torch.as_tensor(state[name])
             extra = len(rows) - len(ours)  # no-object, or the unknown label of denoising: the last row
             if extra not in (0, 1) or len(old) - len(theirs) != extra or old.shape[1:] != rows.shape[1:]:
@@ -413,7 +339,7 @@ class DETRCheckpointer(DetectionCheckpointer):
             _listing("of another shape", [f"{k} {a} here {b}" for k, (a, b) in shapes.items()], most=len(shapes))
             or "all shapes equal",
         )
-        classes = [name for name in shapes if _CLASS_ROWS.search(name)]
+        classes = [name for name in shapes if CLASS_ROWS.search(name)]
         if classes and len(classes) == len(shapes) and not missing and not unexpected:
             there, here = (shape[0] for shape in shapes[classes[0]])
             names = checkpoint.get("class_names")
@@ -473,7 +399,7 @@ def _class_names(checkpoint: dict[str, Any]) -> list[str] | None:
     if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
         return list(names)
     released = any(name.startswith("backbone.0.") for name in checkpoint["model"])
-    heads = [name for name in checkpoint["model"] if name.endswith("bias") and _CLASS_ROWS.search(name)]
+    heads = [name for name in checkpoint["model"] if name.endswith("bias") and CLASS_ROWS.search(name)]
     rows = {len(checkpoint["model"][name]) for name in heads}
     return list(COCO_NAMES) if released and rows and rows <= {91, 92} else None
 
@@ -483,101 +409,8 @@ def _plain_name(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
-_UNFINISHED = ".unfinished"
-
-
-@contextmanager
-def _replacing(path: str) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` once it is wholly on the disk, and not before."""
-    unfinished = path + _UNFINISHED
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
-        raise
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too
-    finally:
-        os.close(folder)
-
-
-def _is_whole(path: str) -> bool:
-    """Whether a file written by torch.save is there and all its checksums are right."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
 def _listing(what: str, names: Sequence[str], most: int = 5) -> str:
     if not names:
         return ""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{len(names)} {what} ({', '.join(names[:most])}{more})"
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles numpy arrays in plain containers, which is all that model-zoo files hold."""
-
-    allowed = re.compile(
-        r"numpy(\._?core(\.multiarray|\.numeric)?)?\.(_reconstruct|ndarray|dtype|scalar|_frombuffer)"
-        r"|collections\.OrderedDict|_codecs\.encode"
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if not self.allowed.fullmatch(f"{module}.{name}"):
-            raise pickle.UnpicklingError(f"it holds a {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
-
-def _load_torch(filename: str) -> Any:
-    """What torch.save wrote, without running code from it.
-
-    Detectron2 leaves the choice to torch, and an environment variable (TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD) could undo it.
-    """
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        loaded = torch.load(filename, map_location="cpu", weights_only=True)
-    if not isinstance(loaded, dict):
-        return {}
-    if "model_state" in loaded and filename.endswith(".pyth"):  # pycls'
-        return {"model": loaded["model_state"], "__author__": "pycls", "matching_heuristics": True}
-    return loaded if "model" in loaded else {"model": loaded}
-
-
-def _load_pickle(filename: str) -> dict[str, Any]:
-    """A .pkl of Detectron2's model zoo, or of Caffe2's, which names its weights differently."""
-    with PathManager.open(filename, "rb") as file:
-        data = _ArraysOnly(file, encoding="latin1").load()
-    if not isinstance(data, dict):
-        return {}
-    if "model" in data and "__author__" in data:
-        return data
-    blobs = data.get("blobs", data)
-    model = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
-    return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-class TorchvisionHandler(PathHandler):
-    """`torchvision://resnet50`: the ImageNet weights (IMAGENET1K_V1, the papers') of a torchvision model."""
-
-    PREFIX = "torchvision://"
-
-    def _get_supported_prefixes(self) -> list[str]:
-        return [self.PREFIX]
-
-    def _get_local_path(self, path: str, **kwargs: Any) -> str:
-        weights = get_model_weights(path[len(self.PREFIX) :])["IMAGENET1K_V1"]
-        return PathManager.get_local_path(weights.url, **kwargs)
-
-    def _open(self, path: str, mode: str = "r", **kwargs: Any) -> Any:
-        return PathManager.open(self._get_local_path(path), mode, **kwargs)
-
-
-PathManager.register_handler(TorchvisionHandler(), allow_override=True)

@@ -16,7 +16,8 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 from torchvision.models import resnet50
 
-from detr_family.checkpoint import COCO_IDS, DETRCheckpointer, convert_released, released_name, resnet_name
+from detr_family.checkpoint import DETRCheckpointer
+from detr_family.released_names import COCO_IDS, convert_released, released_name, resnet_name
 
 
 class Resnet(nn.Module):

@@ -13,9 +13,10 @@ from detectron2.modeling import build_model
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor
 
-from detr_family.checkpoint import DETRCheckpointer, convert_released
+from detr_family.checkpoint import DETRCheckpointer
 from detr_family.denoising import DenoisingPrediction
 from detr_family.dn_detr import DNDETR, denoising_content
+from detr_family.released_names import convert_released
 
 GROUPS = 3
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "detr_family"
 
 # A module may import those of lower levels, and its own folder.
 LEVELS = [
-    ["structures", "layers", "swin", "command_line"],
+    ["structures", "layers", "swin", "command_line", "released_names", "checkpoint_files"],
     ["config", "backbone", "postprocess", "matcher", "criterion", "denoising", "freezing"],
     ["set_detector", "deformable"],
     ["detr"],

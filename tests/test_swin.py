@@ -15,10 +15,11 @@ from detectron2.modeling import build_backbone, build_model
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSwin
 
-from detr_family.checkpoint import DETRCheckpointer, released_name
+from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import load_config
 from detr_family.datasets import objects365
 from detr_family.layers.checkpointing import backbone_blocks, checkpoint_activations
+from detr_family.released_names import released_name
 
 swin = pytest.importorskip("detr_family.swin", exc_type=ImportError, reason="this Detectron2 has no SwinTransformer")
 SIZES, Swin = swin.SIZES, swin.Swin
