@@ -116,6 +116,9 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Draw the anchors' centres uniformly and keep them (DAB-DETR, table 4). The release's setting of that name
     # freezes nothing; this one does.
     cfg.MODEL.DAB.FIX_CENTRES = False
+    # Width and height of all anchors at the start, as shares of the picture's, with centres spread evenly; 0 draws all
+    # four from a normal distribution before the sigmoid, as the release does. For few steps on small objects.
+    cfg.MODEL.DAB.ANCHOR_SIZE = 0.0
 
     # The backbone build_swin_backbone (arXiv 2103.14030). MODEL.BACKBONE.FREEZE_AT freezes it as it does a ResNet: 1
     # the patch embedding, 2 the first stage too; the papers' releases freeze nothing of it, 0.

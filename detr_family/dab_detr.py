@@ -51,6 +51,7 @@ class DABDETR(SetDetector):
         fix_centres: anchors' centres are drawn uniformly and never trained ("fixed x, y" of the paper's tables).
             The release has a setting of that name which freezes nothing, so its published figure had trained
             centres: the default is False.
+        anchor_size: where learned anchors start, see `learned_anchors`; 0 is the release's way.
         aux_loss: train the sets of the earlier decoder layers too.
         matcher: pairs predictions with ground truth.
         criterion: the loss of matched pairs.
@@ -71,6 +72,7 @@ class DABDETR(SetDetector):
         num_classes: int,
         num_queries: int,
         fix_centres: bool,
+        anchor_size: float = 0.0,
         aux_loss: bool,
         matcher: HungarianMatcher,
         criterion: SetCriterion,
@@ -96,7 +98,7 @@ class DABDETR(SetDetector):
         self.transformer = transformer
         self.position_encoding = position_encoding
         self.input_proj = nn.Conv2d(backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
-        self.refpoint_embed = nn.Embedding(num_queries, 4)  # anchors A_q before the sigmoid
+        self.refpoint_embed = learned_anchors(num_queries, anchor_size)  # A_q before the sigmoid
         self.class_embed = nn.Linear(dim, num_classes)
         nn.init.constant_(self.class_embed.bias, PRIOR_BIAS)
         self.bbox_embed = transformer.decoder.bbox_embed  # the same module: the release has both names
@@ -130,6 +132,7 @@ class DABDETR(SetDetector):
             ),
             "num_queries": detr.NUM_QUERIES,
             "fix_centres": dab.FIX_CENTRES,
+            "anchor_size": dab.ANCHOR_SIZE,
         }
 
     def anchors(self) -> Tensor:
@@ -159,6 +162,29 @@ class DABDETR(SetDetector):
         )  # N x B x PQ x D and N x B x PQ x 4
         boxes = self.bbox_embed(decoded).float() + inverse_sigmoid(anchors, EPS)
         return SetPrediction(layer_logits=self.class_embed(decoded), layer_boxes=boxes.sigmoid())
+
+
+def learned_anchors(num_queries: int, size: float) -> nn.Embedding:
+    """Anchors x, y, w, h before the sigmoid, (Q, 4), as they start.
+
+    Args:
+        num_queries: Q.
+        size: width and height of all at the start, as shares of the picture's, with centres spread evenly over it; 0
+            draws all four from a normal distribution, as the release does: boxes around half the picture's
+            size, most of them near its middle. An optimizer that moves a parameter by the learning rate at most, as
+            AdamW, needs thousands of steps to make them small.
+
+    Raises:
+        ValueError: the size is none.
+    """
+    if not 0 <= size < 1:
+        raise ValueError(f"MODEL.DAB.ANCHOR_SIZE is {size}: a share of the picture's size is needed, or 0")
+    anchors = nn.Embedding(num_queries, 4)
+    if size:
+        with torch.no_grad():
+            anchors.weight[:, :2] = inverse_sigmoid(torch.rand(num_queries, 2), EPS)
+            anchors.weight[:, 2:] = torch.logit(torch.tensor(size))
+    return anchors
 
 
 class DABTransformer(nn.Module):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from detr_family.conditional_detr import PRIOR_BIAS
 from detr_family.criterion import FocalClassLoss, SetCriterion, mean_num_boxes
-from detr_family.dab_detr import EPS, DABDecoder, DABEncoder
+from detr_family.dab_detr import EPS, DABDecoder, DABEncoder, learned_anchors
 from detr_family.denoising import DenoisingGroups, DenoisingPrediction, denoising_groups, split_prediction
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.position_encoding import SinePositionEncoding
@@ -48,6 +48,7 @@ class DNDETR(SetDetector):
         num_classes: K, classes of the data set.
         num_queries: anchors; with P patterns the predicted set has P times as many boxes.
         fix_centres: as in `detr_family.dab_detr.DABDETR`.
+        anchor_size: as there.
         num_groups: denoising groups, each with every box of a picture; 0 trains without denoising.
         max_denoising_queries: the most denoising queries of a picture, at least one per group.
         label_noise: probability that a label is flipped.
@@ -75,6 +76,7 @@ class DNDETR(SetDetector):
         num_classes: int,
         num_queries: int,
         fix_centres: bool,
+        anchor_size: float = 0.0,
         num_groups: int,
         max_denoising_queries: int,
         label_noise: float,
@@ -113,7 +115,7 @@ class DNDETR(SetDetector):
         self.transformer = transformer
         self.position_encoding = position_encoding
         self.input_proj = nn.Conv2d(backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
-        self.refpoint_embed = nn.Embedding(num_queries, 4)  # anchors before the sigmoid
+        self.refpoint_embed = learned_anchors(num_queries, anchor_size)  # before the sigmoid
         self.label_enc = nn.Embedding(num_classes + 1, dim - 1)  # the last row is "unknown"
         self.class_embed = nn.Linear(dim, num_classes)
         nn.init.constant_(self.class_embed.bias, PRIOR_BIAS)
@@ -153,6 +155,7 @@ class DNDETR(SetDetector):
             ),
             "num_queries": detr.NUM_QUERIES,
             "fix_centres": dab.FIX_CENTRES,
+            "anchor_size": dab.ANCHOR_SIZE,
             "num_groups": dn.GROUPS,
             "max_denoising_queries": dn.MAX_QUERIES,
             "label_noise": dn.LABEL_NOISE,

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from detectron2.modeling import build_model
+from torch import Tensor
 
 from detr_family.dab_detr import DABDETR, DABDecoder
 from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
@@ -115,6 +116,23 @@ def test_centres_are_fixed_for_real_or_not_at_all(fixed: bool) -> None:
     if fixed:
         assert before[:, :2].sigmoid().std() > 0.1  # spread over the picture
         assert "fixed_centres" in model.state_dict()
+
+
+def anchors_at_the_start(name: str, size: float) -> Tensor:
+    cfg = tiny.cfg_of(name)
+    cfg.MODEL.DETR.NUM_QUERIES, cfg.MODEL.DAB.ANCHOR_SIZE = 400, size
+    return build_model(cfg).anchors().detach()
+
+
+@pytest.mark.parametrize("name", ["DABDETR", "DNDETR"])
+def test_anchors_may_start_with_one_size_all_over_the_picture(name: str) -> None:
+    start = anchors_at_the_start(name, 0.125).sigmoid()
+    torch.testing.assert_close(start[:, 2:], torch.full((400, 2), 0.125))
+    assert torch.histc(start[:, :2], 10, 0, 1).min() > 40  # of 80 in each tenth, both axes together
+    released = anchors_at_the_start(name, 0.0)
+    assert abs(released.mean()) < 0.1 and abs(released.std() - 1) < 0.1
+    with pytest.raises(ValueError, match=r"MODEL\.DAB\.ANCHOR_SIZE is 1\.5"):
+        anchors_at_the_start(name, 1.5)
 
 
 def test_patterns_multiply_the_queries() -> None:

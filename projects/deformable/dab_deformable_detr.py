@@ -161,8 +161,9 @@ class DABDeformableDETR(SetDetector):
 def dab_arguments(cfg: CfgNode) -> tuple[DABDeformableTransformer, nn.ModuleList, dict[str, Any]]:
     """The transformer, the class heads, and what the detectors with anchors read alike from a configuration."""
     detr, deformable = cfg.MODEL.DETR, cfg.MODEL.DEFORMABLE
-    if cfg.MODEL.DAB.FIX_CENTRES:
-        raise ValueError(f"MODEL.DAB.FIX_CENTRES is nothing that {cfg.MODEL.META_ARCHITECTURE} has: set it to False")
+    for key, off in (("FIX_CENTRES", False), ("ANCHOR_SIZE", 0.0)):
+        if cfg.MODEL.DAB[key]:
+            raise ValueError(f"MODEL.DAB.{key} is nothing that {cfg.MODEL.META_ARCHITECTURE} has: set it to {off}")
     arguments = deformable_arguments(cfg)
     class_embed, bbox_embed = prediction_heads(
         dim=detr.HIDDEN_DIM,

@@ -79,7 +79,12 @@ def test_patterns_multiply_the_set() -> None:
 
 @pytest.mark.parametrize(
     ("name", "key"),
-    [("DABDeformableDETR", "FIX_CENTRES"), ("DNDeformableDETR", "FIX_CENTRES"), ("DNDeformableDETR", "NUM_PATTERNS")],
+    [
+        ("DABDeformableDETR", "FIX_CENTRES"),
+        ("DABDeformableDETR", "ANCHOR_SIZE"),
+        ("DNDeformableDETR", "FIX_CENTRES"),
+        ("DNDeformableDETR", "NUM_PATTERNS"),
+    ],
 )
 def test_settings_of_dab_detr_that_it_does_not_have_are_refused(name: str, key: str) -> None:
     cfg = cfg_of(name)
