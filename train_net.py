@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from detr_family.checkpoint import DETRCheckpointer
+from detr_family.command_line import mistakes
 from detr_family.config import check_class_count, departures, load_config
 from detr_family.datasets.coco import register_datasets
 from detr_family.engine import Trainer
@@ -41,16 +42,17 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def main(args: argparse.Namespace) -> Any:
     """What every process runs: evaluate or train; returns the last evaluation's results."""
-    cfg = setup(args)
-    if args.eval_only:
-        check_class_count(cfg)
-        model = Trainer.build_model(cfg)
-        checkpointer = DETRCheckpointer(model, cfg.OUTPUT_DIR, whole=True, averaged=cfg.TEST.EMA)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        return Trainer.test(cfg, model)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    with mistakes():
+        cfg = setup(args)
+        if args.eval_only:
+            check_class_count(cfg)
+            model = Trainer.build_model(cfg)
+            checkpointer = DETRCheckpointer(model, cfg.OUTPUT_DIR, whole=True, averaged=cfg.TEST.EMA)
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        else:
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+    return Trainer.test(cfg, model) if args.eval_only else trainer.train()
 
 
 if __name__ == "__main__":

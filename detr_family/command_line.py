@@ -6,7 +6,49 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from opcode import opmap
 from types import ModuleType
+
+
+class UserError(Exception):
+    """What the user can mend: a command ends with this message alone, without a traceback."""
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """For what is done before the work begins, where an error is most likely in the files or settings that were given.
+
+    A ValueError that only an operation can have raised, as unpacking does, is a bug and passes as it is.
+
+    Raises:
+        UserError: in place of an OSError, and of a ValueError that a `raise` statement made.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) or _raised(error):
+            raise UserError(str(error)) from error
+        raise
+
+
+def _raised(error: Exception) -> bool:
+    """Whether a `raise` statement made it."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and place.tb_frame.f_code.co_code[place.tb_lasti] == opmap["RAISE_VARARGS"]
+
+
+def message_of(error: UserError) -> str:
+    """What a command prints of it; what a data worker's traceback adds to the message is left out."""
+    text = str(error)
+    if text.startswith("Caught ") and "\nOriginal Traceback" in text:  # torch's, for an error in another process
+        text = text.rstrip().rsplit(f"{type(error).__qualname__}: ", 1)[-1]
+    return text
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

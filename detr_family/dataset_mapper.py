@@ -17,12 +17,12 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
 from torch.utils.data import DataLoader
 
-from detr_family.datasets.pictures import check_depth, unreadable
+from detr_family.datasets.pictures import PictureError, check_depth, unreadable
 
 _CROP_PROBABILITY = 0.5
 _REMEDY = (
     "Restore the file, or remove its entry from the annotation file; the picture folder is given in "
-    "DATASETS.COCO_FORMAT."
+    "DATASETS.COCO_FORMAT. tools/check_dataset.py lists all such pictures."
 )
 # The longer side before a crop, in units of the shorter: a picture of 10000x20 must not become one of 200000x400.
 _LONGEST_BEFORE_CROP = 16
@@ -85,7 +85,7 @@ class DETRDatasetMapper(DatasetMapper):
             dataset_dict: one picture in Detectron2's dataset format; left as it is.
 
         Raises:
-            ValueError: the picture is missing, damaged, of 16 or more bits a channel, or of another size than
+            PictureError: the picture is missing, damaged, of 16 or more bits a channel, or of another size than
                 the dict says; with the file's name.
         """
         path = str(dataset_dict["file_name"])
@@ -93,7 +93,7 @@ class DETRDatasetMapper(DatasetMapper):
         try:
             mapped: dict[str, Any] = super().__call__(copy.copy(dataset_dict))
         except SizeMismatchError as error:
-            raise ValueError(
+            raise PictureError(
                 f"{path}: {error} (Sizes are compared after turning the picture by its EXIF orientation.)"
             ) from error
         except Exception as error:  # whatever a damaged file makes the decoder raise

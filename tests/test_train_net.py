@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,8 +38,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def train_net(*arguments: str, config: str = "detr_quickstart") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(ROOT / f"configs/{config}.yaml")]
+def train_net(*arguments: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    script = [str(ROOT / "train_net.py"), "--config-file", str(ROOT / "configs/detr_quickstart.yaml")]
+    command = [sys.executable, *before, *script]
     return subprocess.run(
         [*command, *arguments],
         capture_output=True,
@@ -134,9 +138,64 @@ def test_the_averaged_weights_are_evaluated_and_the_recipe_departed_from_is_told
     assert float(line.rsplit(" ", 1)[-1].split(",")[0]) == pytest.approx(last["ema/bbox/AP"], abs=1e-3)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_becomes_unreadable_stops_the_run_which_can_be_resumed(
+    data: list[str], tmp_path: Path, workers: int
+) -> None:
+    entries = [
+        [name, file, str(shutil.copytree(folder, tmp_path / name))] for name, file, folder in ast.literal_eval(data[1])
+    ]
+    options = [*data, "OUTPUT_DIR", str(tmp_path / "run"), "DATASETS.TEST", "()"]
+    options += ["DATASETS.COCO_FORMAT", repr(entries), "DATALOADER.NUM_WORKERS", str(workers)]
+    assert train_net(*options, "SOLVER.MAX_ITER", "3").returncode == 0
+    picture = sorted(Path(entries[0][2]).glob("*.png"))[5]
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:-100])
+    run = train_net("--resume", *options, "SOLVER.MAX_ITER", "9")
+    assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr, run.stderr[-2000:]
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith(f"train_net: The picture {picture} cannot be read") and "Restore the file" in last
+    assert str(picture) in (tmp_path / "run" / "log.txt").read_text()
+    picture.write_bytes(whole)
+    run = train_net("--resume", *options, "SOLVER.MAX_ITER", "9")
+    started = re.search(r"Starting training from iteration (\d+)", run.stdout)
+    assert run.returncode == 0 and started and int(started[1]) in (3, 6), run.stderr[-2000:]  # the last checkpoint
+
+
+def test_an_error_in_the_model_keeps_its_traceback(data: list[str], tmp_path: Path) -> None:
+    script = (
+        "import runpy, sys\n"
+        "from detr_family.detr import DETR\n"
+        "def predict(self, images, targets=None):\n"
+        "    raise ValueError('channels differ')\n"
+        "DETR.predict = predict\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    run = train_net(*data, "OUTPUT_DIR", str(tmp_path), before=("-c", script))
+    assert run.returncode == 1 and "in predict" in run.stderr
+    assert run.stderr.splitlines()[-1] == "ValueError: channels differ"
+
+
+@pytest.mark.parametrize("way", ["launcher", "torchrun"])
+def test_a_mistake_in_two_processes_is_one_line(data: list[str], tmp_path: Path, way: str) -> None:
+    options = [*data, "OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", "nowhere.pth"]
+    if way == "launcher":
+        run = train_net("--num-gpus", "2", *options)
+        assert run.stderr.splitlines()[-1].startswith("train_net: there is no checkpoint 'nowhere.pth'")
+        assert run.returncode == 2 and "Traceback" not in run.stderr
+    else:  # which has a traceback of its own, and the status 1
+        run = train_net(*options, before=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+        assert "train_net, process 0: there is no checkpoint 'nowhere.pth'" in run.stderr
+        assert run.returncode != 0 and "load_checkpoint" not in run.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--config-file", "nowhere.yaml"], "there is no config file 'nowhere.yaml'"),
+        (["DATASETS.COCO_FORMAT", "[['a', 'nowhere.json', '.']]", "DATASETS.TRAIN", "('a',)"], "nowhere.json"),
+        (["MODEL.META_ARCHITECTURE", "DETRR"], "MODEL.META_ARCHITECTURE is 'DETRR'"),
         (["MODEL.DETR.NUM_QUERYS", "9"], "similar: MODEL.DETR.NUM_QUERIES"),
         (["MODEL.DETR.NUM_CLASSES", "5"], "MODEL.DETR.NUM_CLASSES is 5"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "there is no checkpoint 'nowhere.pth': correct MODEL.WEIGHTS"),
@@ -151,6 +210,8 @@ def test_the_averaged_weights_are_evaluated_and_the_recipe_departed_from_is_told
 def test_mistakes_end_with_one_clear_line(
     data: list[str], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    run = train_net(*data, "OUTPUT_DIR", str(tmp_path), *arguments)
-    assert run.returncode != 0
-    assert message in run.stderr.strip().splitlines()[-1], run.stderr[-2000:]
+    flags, opts = (arguments, []) if arguments[0].startswith("--") else ([], arguments)
+    run = train_net(*flags, *data, "OUTPUT_DIR", str(tmp_path), *opts)
+    assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr, run.stderr[-2000:]
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("train_net: ") and message in last

@@ -1,4 +1,4 @@
-"""Reading one picture, with every fault of a file turned into one ValueError that names it."""
+"""Reading one picture, with every fault of a file turned into one error that names it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import numpy as np
 from detectron2.data.detection_utils import read_image
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+
+from detr_family.command_line import UserError
+
+
+class PictureError(UserError, ValueError):
+    """A picture that cannot be used; the message names the file and says what to do."""
 
 
 def read_picture(path: str, image_format: str) -> np.ndarray:
@@ -19,7 +25,7 @@ def read_picture(path: str, image_format: str) -> np.ndarray:
         (H, W, 3) uint8.
 
     Raises:
-        ValueError: the file is missing, damaged, no picture, or has more than 8 bits a channel.
+        PictureError: the file is missing, damaged, no picture, or has more than 8 bits a channel.
     """
     check_depth(path)
     try:
@@ -37,7 +43,7 @@ def check_depth(path: str, remedy: str = "Restore the file.") -> None:
         remedy: what to tell the user to do where the header cannot be read.
 
     Raises:
-        ValueError: the picture has 16 or more bits a channel, or its header cannot be read.
+        PictureError: the picture has 16 or more bits a channel, or its header cannot be read.
     """
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as picture:
@@ -45,12 +51,12 @@ def check_depth(path: str, remedy: str = "Restore the file.") -> None:
     except Exception as error:  # whatever a damaged header makes the decoder raise
         raise unreadable(path, error, remedy) from error
     if mode.startswith(("I", "F")):
-        raise ValueError(
+        raise PictureError(
             f"{path} has more than 8 bits a channel (PIL mode {mode!r}). Convert the pictures to "
             "8 bits, with the scaling that suits them."
         )
 
 
-def unreadable(path: str, error: Exception, remedy: str = "Restore the file.") -> ValueError:
+def unreadable(path: str, error: Exception, remedy: str = "Restore the file.") -> PictureError:
     """The error that names a damaged picture, and says what to do."""
-    return ValueError(f"The picture {path} cannot be read ({type(error).__name__}: {error}). {remedy}")
+    return PictureError(f"The picture {path} cannot be read ({type(error).__name__}: {error}). {remedy}")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +17,9 @@ import torch.distributed as dist
 from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
+from torch.multiprocessing.spawn import ProcessException
+
+from detr_family.command_line import UserError, message_of
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -30,26 +37,52 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     Where torchrun has started this process, one of several, its environment variables say which it is; else Detectron2
     starts `args.num_gpus` processes on each of `args.num_machines` machines.
 
+    A `UserError` in any process ends the run with its message as the last line and the exit status 2; every other error
+    keeps its traceback.
+
     Raises:
-        ValueError: both torchrun and the command line ask for several processes; or torchrun for more processes on
-            this machine than it has GPUs.
+        SystemExit: after a `UserError`; both torchrun and the command line ask for several processes; or torchrun for
+            more processes on this machine than it has GPUs.
     """
-    if all(name in os.environ for name in _TORCHRUN):
-        if args.num_gpus > 1 or args.num_machines > 1:
-            raise ValueError(
-                "torchrun starts the processes (--nproc-per-node, --nnodes): leave out --num-gpus and --num-machines"
-            )
-        _join()
-        run_and_leave(main, args)
-        return
-    detectron2_launch(
-        run_and_leave,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(main, args),
-    )
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if all(name in os.environ for name in _TORCHRUN):
+                _join(args)
+                run_and_leave(main, args)
+            elif args.num_gpus * args.num_machines > 1:
+                detectron2_launch(
+                    _main_of_several,
+                    args.num_gpus,
+                    num_machines=args.num_machines,
+                    machine_rank=args.machine_rank,
+                    dist_url=args.dist_url,
+                    args=(main, args, folder),
+                )
+            else:
+                run_and_leave(main, args)
+        except UserError as error:
+            _leave(message_of(error))
+        except ProcessException:  # with the traceback of the process that ended first, maybe because another one did
+            messages = sorted(Path(folder).iterdir())
+            if not messages:
+                raise
+            _leave(messages[0].read_text(encoding="utf-8"))
+
+
+def _leave(message: str) -> None:
+    """End this process with a message that names the command."""
+    rank = f", process {comm.get_rank()}" if comm.get_world_size() > 1 else ""
+    print(f"{Path(sys.argv[0]).stem}{rank}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Makes Detectron2's line on an exception in the training one that the user can read, where it is a UserError."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, UserError):
+        record.msg, record.args, record.exc_info = f"The training stops: {message_of(error)}", (), None
+    return True
 
 
 def run_and_leave(main: Callable[..., Any], *args: Any) -> None:
@@ -69,14 +102,28 @@ def run_and_leave(main: Callable[..., Any], *args: Any) -> None:
     gc.collect()  # DDP's wrapper is part of a cycle
 
 
-def _join() -> None:
+def _main_of_several(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, folder: str) -> None:
+    """What Detectron2's launcher runs in each process; a UserError's message goes into a file in `folder`."""
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
+    try:
+        run_and_leave(main, args)
+    except UserError as error:
+        Path(folder, f"{comm.get_rank():06d}").write_text(message_of(error), encoding="utf-8")
+        sys.exit(2)
+
+
+def _join(args: argparse.Namespace) -> None:
     """Join the processes that torchrun started, as Detectron2's launcher does for its own."""
+    if args.num_gpus > 1 or args.num_machines > 1:
+        raise UserError(
+            "torchrun starts the processes (--nproc-per-node, --nnodes): leave out --num-gpus and --num-machines"
+        )
     if int(os.environ["WORLD_SIZE"]) == 1:
         return
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if torch.cuda.is_available():
         if local_size > torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"torchrun started {local_size} processes on a machine with {torch.cuda.device_count()} GPUs: "
                 "lower --nproc-per-node"
             )

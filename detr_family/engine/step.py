@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from detr_family.command_line import UserError
 from detr_family.criterion import mean_over_ranks, part_of_batch
 from detr_family.engine.randomness import STEP, seed_all
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class NotFiniteError(UserError, FloatingPointError):
+    """A loss or gradient that is not finite; the message says which, on what pictures, and what to set."""
 
 
 class TrainStep(SimpleTrainer):
@@ -83,7 +88,7 @@ class TrainStep(SimpleTrainer):
         """Take a batch, in its parts, backpropagate, look at the result, step.
 
         Raises:
-            FloatingPointError: a loss or the gradient norm is not finite and `nonfinite` is "stop". The
+            NotFiniteError: a loss or the gradient norm is not finite and `nonfinite` is "stop". The
                 weights are those from before the step; the batch is saved.
         """
         assert self.model.training, "the model was left in evaluation mode"
@@ -149,7 +154,7 @@ class TrainStep(SimpleTrainer):
 
         message = self._report(bad, means[bad], values, batch)
         if self.nonfinite == "stop":
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"{message}. The weights are those from before this step; with SOLVER.NONFINITE skip the run goes on"
             )
         self.skipped += 1

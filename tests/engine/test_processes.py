@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model, launch
 from detectron2.utils import comm
 
+from detr_family.datasets.pictures import PictureError
 from detr_family.engine import processes
 from detr_family.engine.processes import run_and_leave
 
@@ -83,7 +85,9 @@ def test_activation_checkpointing_over_processes_changes_no_gradient() -> None:
     launch(run_and_leave, 2, dist_url="auto", args=(compare_checkpointed,))
 
 
-def test_torchruns_environment_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchruns_environment_is_followed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     ran: list[Any] = []
     monkeypatch.setattr(processes, "detectron2_launch", lambda *args, **kwargs: ran.append("detectron2"))
     parser = processes.argument_parser()
@@ -96,10 +100,35 @@ def test_torchruns_environment_is_followed(monkeypatch: pytest.MonkeyPatch) -> N
     torchrun = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "localhost"}
     for name, value in {**torchrun, "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(ValueError, match="leave out --num-gpus"):
+    with pytest.raises(SystemExit):
         processes.launch(ran.append, args)
+    assert "leave out --num-gpus" in capsys.readouterr().err
     processes.launch(ran.append, parser.parse_args([]))
     assert len(ran) == 2 and ran[1].num_gpus == 1
+
+
+def fail(args: argparse.Namespace) -> None:
+    """An error on the last of the processes, while the others wait for it; of the kind that the options name."""
+    if comm.get_rank() == comm.get_world_size() - 1:
+        if args.opts == ["user"]:
+            raise PictureError("The picture a.png cannot be read")
+        raise ValueError("expected 3 channels")
+    comm.synchronize()
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(
+    count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--num-gpus", str(count), "--dist-url", "auto"]
+    parser = processes.argument_parser()
+    with pytest.raises(SystemExit) as ended:
+        processes.launch(fail, parser.parse_args([*flags, "user"]))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(": The picture a.png cannot be read")
+    with pytest.raises(Exception, match="expected 3 channels") as bug:
+        processes.launch(fail, parser.parse_args([*flags, "bug"]))
+    assert count == 1 or "in fail" in str(bug.value)
 
 
 def local_groups_of_release_0_6() -> None:
