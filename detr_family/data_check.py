@@ -41,7 +41,7 @@ def check_data(cfg: CfgNode, *, pictures: bool = True, workers: int = 4, progres
         cfg: the whole configuration; its data sets are registered here.
         pictures: open and decode every picture.
         workers: pictures read at a time.
-        progress: show a bar on the terminal.
+        progress: show a bar where stderr is a terminal.
 
     Returns:
         "datasets": statistics by name; "findings": the worst first, each with level, kind, dataset, count, text

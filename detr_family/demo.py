@@ -150,7 +150,7 @@ def run_pictures(
         results.failed.append((str(picture), str(error)))
         bar.update()
 
-    with tqdm(total=len(pictures), desc="pictures", disable=not progress, mininterval=0.5) as bar:
+    with tqdm(total=len(pictures), desc="pictures", disable=not progress or None, mininterval=0.5) as bar:
         for prediction in predictor.stream(pictures, on_error=failed):
             source = Path(str(prediction.source))
             results.add(str(source), prediction.instances, threshold)
@@ -196,7 +196,9 @@ def run_video(
     try:
         total = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None
         rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
-        for prediction in tqdm(predictor.stream(read()), video.name, total, disable=not progress, mininterval=0.5):
+        for prediction in tqdm(
+            predictor.stream(read()), video.name, total, disable=not progress or None, mininterval=0.5
+        ):
             frames += 1
             results.add(f"{video}#{frames:06d}", prediction.instances, threshold)
             drawn = np.asarray(draw_detections(prediction.image, prediction.instances, results.class_names, threshold))

@@ -297,7 +297,7 @@ def picture_findings(parts: Sequence[DatasetPart], workers: int = 4, progress: b
     Args:
         parts: the data sets of a run.
         workers: pictures read at a time.
-        progress: show a bar on the terminal, once it takes more than two seconds.
+        progress: show a bar where stderr is a terminal, once it takes more than two seconds.
     """
     findings = []
     digests: dict[str, Sequence[str]] = {}
@@ -305,7 +305,7 @@ def picture_findings(parts: Sequence[DatasetPart], workers: int = 4, progress: b
         for part in parts:
             looked: Iterable[tuple[str, str, str]] = pool.map(_look, part.records)
             bar = tqdm(
-                looked, f"reading pictures of {part.name}", len(part.records), delay=2, disable=not progress
+                looked, f"reading pictures of {part.name}", len(part.records), delay=2, disable=not progress or None
             )
             results = list(bar)
             faults: dict[str, list[str]] = defaultdict(list)
