@@ -1,5 +1,6 @@
 """The operator's paths against one another and against float64; its packaging is in test_extension.py."""
 
+import io
 import math
 import os
 import subprocess
@@ -64,9 +65,7 @@ def run(function, inputs, grad_output=None):
 
 
 def close(results, expected, tolerance):
-    for name, result, reference in zip(
-        ("output", "value", "second", "third"), results, expected, strict=True
-    ):
+    for name, result, reference in zip(("output", "value", "second", "third"), results, expected, strict=True):
         worst = (result.double().cpu() - reference).abs().max() / reference.abs().max()
         assert worst <= tolerance, f"{name}: {worst:.2e} > {tolerance}"
 
@@ -325,9 +324,7 @@ class Small(torch.nn.Module):
         self.attention = MSDeformAttn(embed_dim=24, num_heads=3, num_levels=3, num_points=5)
         self.shapes_as_list = shapes_as_list
 
-    def forward(
-        self, query: Tensor, points: Tensor, tokens: Tensor, shapes: Tensor, starts: Tensor
-    ) -> Tensor:
+    def forward(self, query: Tensor, points: Tensor, tokens: Tensor, shapes: Tensor, starts: Tensor) -> Tensor:
         if self.shapes_as_list:
             return self.attention(query, points, tokens, SHAPES, STARTS)
         return self.attention(query, points, tokens, shapes, starts)
@@ -381,6 +378,42 @@ def test_trace_takes_plain_operators():
     torch.testing.assert_close(traced(*arguments), model(*arguments))
 
 
+@pytest.mark.filterwarnings("ignore")  # the exporter warns of much that does not concern us
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("reference_dims", [2, 4])
+def test_onnx(reference_dims: int, dynamo: bool):
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if dynamo:
+        pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = Small(True).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    query, points, tokens, *_ = small_arguments()
+    points = torch.cat((points, points.flip(0)), -1)[..., :reference_dims].contiguous()
+    arguments = (query, points, tokens, torch.tensor(SHAPES), torch.tensor(STARTS))
+    with module.pure_torch_path():
+        if dynamo:
+            graph = torch.onnx.export(model, arguments, dynamo=True, verbose=False).model_proto
+        else:
+            file = io.BytesIO()
+            torch.onnx.export(model, arguments, file, dynamo=False, opset_version=16, input_names=list("qptsi"))
+            graph = onnx.load_from_string(file.getvalue())
+    onnx.checker.check_model(graph)
+    assert {node.domain for node in graph.graph.node} == {""}  # no custom operators
+    assert "GridSample" in {node.op_type for node in graph.graph.node}
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    # other inputs than those of the export, lest something be kept as a constant
+    others = (query.flip(0) + 0.1, points.flip(1), tokens.flip(1))
+    names = [item.name for item in session.get_inputs()]  # without dynamo, shapes and starts are constants
+    feeds = {name: item.numpy() for name, item in zip(names, (*others, *arguments[3:]), strict=False)}
+    output = torch.from_numpy(session.run(None, feeds)[0])
+    with torch.no_grad():
+        expected = model(*others, *arguments[3:])
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -416,9 +449,7 @@ def test_bad_input_to_the_operator_itself():
     value, locations, weights = numbers(dtype=torch.float32)
     shapes = torch.tensor([(9, 11), (5, 6), (4, 1)])
     with pytest.raises(RuntimeError, match="133 tokens"):
-        torch.ops.detr_family.ms_deform_attn_forward(
-            value, shapes, torch.tensor([0, 99, 129]), locations, weights
-        )
+        torch.ops.detr_family.ms_deform_attn_forward(value, shapes, torch.tensor([0, 99, 129]), locations, weights)
 
 
 # ------------------------------------------------------------------------------------------------ the module
