@@ -148,6 +148,27 @@ def test_fused_equals_float64(device, reference_dims, points, channels, dtype, t
 
 
 @needs_native
+@pytest.mark.parametrize("channels", [20, 32])
+@pytest.mark.parametrize("points", [3, 4])
+@pytest.mark.parametrize("queries", [1, 20, 60, 400])
+def test_copies_of_no_levels_of_some_and_of_all(queries: int, points: int, channels: int):
+    """On the CPU the number of points per token says of which levels a head makes a copy."""
+    shapes, starts = [(20, 17), (9, 8), (4, 5), (1, 2)], [0, 340, 412, 432]
+    inputs = numbers(queries=queries, points=points, channels=channels, shapes=shapes)
+    expected = run(lambda value, *rest: ms_deform_attn_torch(value, shapes, *rest), inputs)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 20):  # a task is a head, or one of its levels
+            torch.set_num_threads(threads)
+            results = run(
+                lambda value, *rest: ms_deform_attn(value, shapes, starts, *rest), [i.float() for i in inputs]
+            )
+            close(results, expected, 1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
 @pytest.mark.parametrize("threads", [1, 3, 40])
 def test_threads_change_nothing(threads: int):
     """One task per head, per level, and more threads than both."""
@@ -179,8 +200,8 @@ def test_every_set_of_instructions(instructions: str):
     """The choice is made once per process, so each runs in its own."""
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_deformable_attention as t\n"
-        "for c, p in ((32, 4), (20, 5)):\n"
-        "    inputs = t.numbers(channels=c, points=p)\n"
+        "for c, p, q in ((32, 4, 7), (20, 5, 7), (32, 4, 70)):\n"
+        "    inputs = t.numbers(queries=q, channels=c, points=p)\n"
         "    t.close(t.run(t.native, [i.float() for i in inputs]), t.run(t.reference, inputs), 1e-5)\n"
         "print(t.ops.cpu_instructions())"
     )

@@ -1,7 +1,7 @@
 // Multi-scale deformable attention on the CPU: checks, choice of instructions, threads, registration.
 //
 // Each head gathers from its own copy of the value (S x D instead of S x M*D, so that neighbouring tokens are
-// neighbours in memory too), unless there are so few queries that copying would cost more than it saves.
+// neighbours in memory too), but for the levels where so few points lie that copying would cost more than it saves.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +14,10 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "checks.h"
 #include "cpu_problem.h"
@@ -99,8 +103,27 @@ Kernels<T> choose(int32_t channels) {
   return generic::kernels<T>(channels);
 }
 
-// Below this many corners per token a copy of the head costs more than it saves; the backward writes one back, too.
-constexpr int64_t kForwardCorners = 2, kBackwardCorners = 16;
+// Asks for huge pages where a result of megabytes is not in memory yet, and has the threads touch a piece each. Otherwise
+// every 4 KiB of a result cost a fault in the middle of the work, for which several threads wait in line.
+void prepare_pages(const Tensor& result, int64_t element_size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.data_ptr());
+  const uintptr_t first = (begin + huge - 1) / huge * huge;
+  const uintptr_t last = (begin + uintptr_t(result.numel() * element_size)) / huge * huge;
+  if (first >= last || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return;
+  torch::stable::parallel_for(0, int64_t((last - first) / huge), 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) *reinterpret_cast<volatile char*>(first + uintptr_t(i) * huge) = 0;
+  });
+#else
+  (void)result;
+  (void)element_size;
+#endif
+}
+
+// Below this many corners per token of a level a copy costs more than it saves; the backward writes one back, too.
+constexpr int64_t kForwardCorners = 4, kBackwardCorners = 8;
+constexpr int32_t kGroup = 4;  // points that the backward takes at once, at most: all copied or none
 
 template <typename T>
 Problem<T> describe(const Operands& in, int64_t corners_per_token) {
@@ -121,7 +144,14 @@ Problem<T> describe(const Operands& in, int64_t corners_per_token) {
     problem.reference = static_cast<const T*>(in.reference->data_ptr());
     problem.reference_dims = int32_t(in.reference->size(3));
   }
-  problem.head_major = in.queries * in.levels * in.points * 4 >= corners_per_token * in.tokens;
+  const int64_t corners = in.queries * in.points * 4;  // on each level
+  problem.first_copied = problem.levels;
+  for (int32_t l = problem.levels; l-- > 0;) {
+    if (corners < corners_per_token * problem.shapes[2 * l] * problem.shapes[2 * l + 1]) break;
+    problem.first_copied = l;
+  }
+  while (problem.first_copied < problem.levels && problem.first_copied * problem.points % kGroup != 0)
+    ++problem.first_copied;
   return problem;
 }
 
@@ -148,6 +178,16 @@ void run_backward(Problem<T>& problem) {
   const Kernels<T> kernels = choose<T>(problem.channels);
   const int64_t heads = problem.batch * problem.heads;
   if (heads == 0) return;
+  // Copies are written to every token of their levels; what is not copied is added to, and so must be zero.
+  const int64_t added = problem.first_copied < problem.levels ? problem.starts[problem.first_copied] : problem.tokens;
+  const int64_t token = int64_t(problem.heads) * problem.channels;
+  torch::stable::parallel_for(0, problem.batch * added, 256, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t b = begin / added, first = begin % added, count = std::min(end - begin, added - first);
+      std::fill_n(problem.grad_value + (b * problem.tokens + first) * token, count * token, T(0));
+      begin += count;
+    }
+  });
   // Levels share neither tokens nor points, so with more threads than heads they are tasks of their own.
   const bool by_level = torch::stable::get_num_threads() > heads && problem.levels > 1;
   const int64_t pieces = by_level ? problem.levels : 1;
@@ -169,6 +209,7 @@ void run_backward(Problem<T>& problem) {
 
 Tensor forward(const Operands& in) {
   Tensor output = torch::stable::new_empty(in.value, {in.batch, in.queries, in.heads * in.channels});
+  prepare_pages(output, in.compute == ScalarType::Double ? 8 : 4);
   if (in.compute == ScalarType::Double) {
     Problem<double> problem = describe<double>(in, kForwardCorners);
     run_forward(problem, static_cast<double*>(output.data_ptr()));
@@ -183,8 +224,6 @@ template <typename T>
 void backward_of(const Operands& in, const Tensor& grad_output, Gradients& out) {
   Problem<T> problem = describe<T>(in, kBackwardCorners);
   problem.grad_output = static_cast<const T*>(grad_output.data_ptr());
-  // Head-major work writes every token of every level; otherwise it adds to what must be zero.
-  if (!problem.head_major) torch::stable::zero_(out.value);
   problem.grad_value = static_cast<T*>(out.value.data_ptr());
   problem.grad_numbers = static_cast<T*>(out.numbers.data_ptr());
   problem.grad_weights = static_cast<T*>(out.weights.data_ptr());
@@ -195,6 +234,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Operands& in, const Tensor& gr
   Tensor grad = cast(as_contiguous(grad_output), in.compute);
   Gradients out{torch::stable::empty_like(in.value), torch::stable::empty_like(in.numbers),
                 torch::stable::empty_like(in.weights)};
+  for (const Tensor* result : {&out.value, &out.numbers, &out.weights})
+    prepare_pages(*result, in.compute == ScalarType::Double ? 8 : 4);
   if (in.compute == ScalarType::Double) {
     backward_of<double>(in, grad, out);
   } else {

@@ -133,7 +133,7 @@ struct Points {
   T *scale_x, *scale_y;          // padded: see point.inl
   T *attention, *lx, *ly;        // padded
   T* corner[4];                  // padded: weight of each corner
-  Integer* token[4];             // padded: the corner's token, -1 outside (or the copies' last row)
+  Integer* token[4];             // padded: the corner's token, `outside` where there is none
 };
 
 template <typename T>
@@ -143,21 +143,23 @@ struct Scratch {
   Points<T> points[2];                     // of the query at work, and of the next: what was just written is slow to
                                            // read in pieces of another size
   T *base_x, *base_y;                      // padded: see point.inl
-  Integer *width, *height, *start;         // padded: of the point's level; start counts from the task's first token
+  Integer *width, *height, *start;         // padded: of the point's level; start counts from the task's first token,
+                                           // or from the copies'
+  Integer* outside;                        // padded: -1, or the copies' last row
   T *number, *dots, *grad_attention;       // padded x 2, x 4 and x 1
   T *softmax_all, *zeros, *dump;           // all points of a query; channels: read, and written, for corners outside
-  T *value, *grad_value;                   // (tokens + 1) x channels: the head's copies, where there are such
+  T *value, *grad_value;                   // (copied tokens + 1) x channels: the head's copies
   void* memory = nullptr;
 
-  Scratch(const Problem<T>& problem, int32_t levels, int64_t tokens, bool with_grad) {
+  Scratch(const Problem<T>& problem, int32_t levels, int64_t copied_tokens, bool with_grad) {
     constexpr int lanes = 64 / sizeof(T);
     const auto round_up = [](int64_t number) { return (number + lanes - 1) / lanes * lanes; };
     count = levels * problem.points;
     padded = int32_t(round_up(count));
     const int64_t row = round_up(problem.channels);
     const int64_t all = round_up(int64_t(problem.levels) * problem.points);
-    const int64_t copy = problem.head_major ? round_up((tokens + 1) * problem.channels) : 0;
-    memory = __builtin_malloc((38 * padded + all + 2 * row + (with_grad ? 2 : 1) * copy) * sizeof(T) + 48 * 64);
+    const int64_t copy = copied_tokens > 0 ? round_up((copied_tokens + 1) * problem.channels) : 0;
+    memory = __builtin_malloc((40 * padded + all + 2 * row + (with_grad ? 2 : 1) * copy) * sizeof(T) + 48 * 64);
     char* next = static_cast<char*>(memory);
     const auto take = [&next](auto*& pointer, int64_t number) {
       next += (64 - reinterpret_cast<uintptr_t>(next) % 64) % 64;
@@ -172,7 +174,7 @@ struct Scratch {
       }
     }
     for (T** pointer : {&base_x, &base_y, &grad_attention}) take(*pointer, padded);
-    for (Integer** pointer : {&width, &height, &start}) take(*pointer, padded);
+    for (Integer** pointer : {&width, &height, &start, &outside}) take(*pointer, padded);
     take(number, padded * 2);
     take(dots, padded * 4);
     take(softmax_all, all);
@@ -189,6 +191,7 @@ struct Scratch {
       base_x[k] = base_y[k] = T(-2);
       width[k] = height[k] = 1;
       start[k] = 0;
+      outside[k] = Integer(copied_tokens > 0 ? copied_tokens : -1);
     }
   }
   ~Scratch() { __builtin_free(memory); }
@@ -196,14 +199,16 @@ struct Scratch {
   Scratch& operator=(const Scratch&) = delete;
 };
 
-// One head's work: the levels [level_begin, level_end) of (b, m). D is the number of channels, 0 for any. `copied`:
-// values are gathered from the head's own copy (and gradients added there), whose last row stands for all outside.
-template <typename T, int D, bool copied>
+// One head's work: the levels [level_begin, level_end) of (b, m). D is the number of channels, 0 for any. Of the points
+// those from `split` on lie in levels that the head has copied: their values are gathered from the copy (and gradients
+// added to another), whose last row stands for all outside.
+template <typename T, int D>
 struct Head {
   using Vector = typename Simd<T>::Vector;
   using Integer = typename Simd<T>::Integer;
   using Integers = typename Simd<T>::Integers;
   static constexpr int lanes = Simd<T>::lanes;
+  static constexpr int group = lanes / 4;  // points whose corners' dot products one vector holds
   static constexpr int32_t ahead = 6;  // queries between a prefetch and its use
   static constexpr int32_t rows_ahead = 24;  // tokens, likewise
   static constexpr int32_t line = 64 / sizeof(T);  // of the cache, in numbers
@@ -212,11 +217,12 @@ struct Head {
   const int64_t b;
   const int32_t m, level_begin, level_end;
   const int32_t channels;
-  const int64_t token_begin, token_count;
-  const int64_t row_stride;
+  const int32_t level_copied, split;   // the first copied level, and point
+  const int64_t full;                  // numbers from a token to the next in the value itself
+  const int64_t copied_count;          // tokens
   Scratch<T> scratch;
-  const T* base;           // of the values: token token_begin of this head
-  T* grad_base = nullptr;  // likewise
+  const T* base;                       // of the values: token 0 of this head
+  T* grad_base = nullptr;              // likewise
 
   static int64_t count_tokens(const Problem<T>& problem, int32_t from, int32_t to) {
     int64_t count = 0;
@@ -224,33 +230,35 @@ struct Head {
     return count;
   }
 
+  static int32_t between(int32_t least, int32_t number, int32_t most) {
+    return number < least ? least : number > most ? most : number;
+  }
+
   Head(const Problem<T>& problem_, int64_t b_, int32_t m_, int32_t from, int32_t to, bool with_grad)
       : problem(problem_), b(b_), m(m_), level_begin(from), level_end(to), channels(D ? D : problem_.channels),
-        token_begin(problem_.starts[from]), token_count(count_tokens(problem_, from, to)),
-        row_stride(copied ? channels : int64_t(problem_.heads) * channels),
-        scratch(problem_, to - from, token_count, with_grad) {
-    const int64_t full = int64_t(problem.heads) * channels;
-    const int64_t first = (b * problem.tokens + token_begin) * full + int64_t(m) * channels;
+        level_copied(between(from, problem_.first_copied, to)), split((level_copied - from) * problem_.points),
+        full(int64_t(problem_.heads) * channels), copied_count(count_tokens(problem_, level_copied, to)),
+        scratch(problem_, to - from, copied_count, with_grad) {
+    const int64_t first = b * problem.tokens * full + int64_t(m) * channels;
     base = problem.value + first;
     if (with_grad) grad_base = problem.grad_value + first;
-    if (copied) {
-      for (int64_t s = 0; s < token_count; ++s) {
-        for (int32_t d = 0; d < channels; d += line) __builtin_prefetch(base + (s + rows_ahead) * full + d);
-        copy_row(scratch.value + s * channels, base + s * full);
+    const int64_t copy_begin = copied_count > 0 ? problem.starts[level_copied] : 0;
+    if (copied_count > 0) {
+      const T* source = base + copy_begin * full;
+      for (int64_t s = 0; s < copied_count; ++s) {
+        for (int32_t d = 0; d < channels; d += line) __builtin_prefetch(source + (s + rows_ahead) * full + d);
+        copy_row(scratch.value + s * channels, source + s * full);
       }
-      __builtin_memset(scratch.value + token_count * channels, 0, channels * sizeof(T));
-      base = scratch.value;
-      if (with_grad) {
-        __builtin_memset(scratch.grad_value, 0, (token_count + 1) * channels * sizeof(T));
-        grad_base = scratch.grad_value;
-      }
+      __builtin_memset(scratch.value + copied_count * channels, 0, channels * sizeof(T));
+      if (with_grad) __builtin_memset(scratch.grad_value, 0, (copied_count + 1) * channels * sizeof(T));
     }
     for (int32_t l = from; l < to; ++l) {
       for (int32_t p = 0; p < problem.points; ++p) {
         const int32_t k = (l - from) * problem.points + p;
         scratch.height[k] = Integer(problem.shapes[2 * l]);
         scratch.width[k] = Integer(problem.shapes[2 * l + 1]);
-        scratch.start[k] = Integer(problem.starts[l] - token_begin);
+        scratch.start[k] = Integer(problem.starts[l] - (l < level_copied ? 0 : copy_begin));
+        scratch.outside[k] = Integer(l < level_copied ? -1 : copied_count);
         for (Points<T>& set : scratch.points) {
           set.scale_x[k] = T(scratch.width[k]);
           set.scale_y[k] = T(scratch.height[k]);
@@ -271,13 +279,23 @@ struct Head {
   }
 
   // Corners: where the value lies, and where its gradient goes.
+  template <bool copied>
   DETR_INLINE const T* value_at(const Points<T>& set, int c, int32_t k) const {
     const int64_t token = set.token[c][k];
-    return !copied && token < 0 ? scratch.zeros : base + token * (copied && D ? D : row_stride);
+    if (copied) return scratch.value + token * (D ? D : channels);
+    return token < 0 ? scratch.zeros : base + token * full;
   }
+  template <bool copied>
   DETR_INLINE T* grad_at(const Points<T>& set, int c, int32_t k) const {
     const int64_t token = set.token[c][k];
-    return !copied && token < 0 ? scratch.dump : grad_base + token * (copied && D ? D : row_stride);
+    if (copied) return scratch.grad_value + token * (D ? D : channels);
+    return token < 0 ? scratch.dump : grad_base + token * full;
+  }
+  DETR_INLINE const T* value_of(const Points<T>& set, int c, int32_t k) const {
+    return k < split ? value_at<false>(set, c, k) : value_at<true>(set, c, k);
+  }
+  DETR_INLINE T* grad_of(const Points<T>& set, int c, int32_t k) const {
+    return k < split ? grad_at<false>(set, c, k) : grad_at<true>(set, c, k);
   }
 
   // The softmax runs over all levels of a query, of which this head's work may be a part.
@@ -333,13 +351,13 @@ struct Head {
       for (int32_t k = 0; k < 2 * count; ++k) scratch.number[k] = numbers[k];
       numbers = scratch.number;
     }
-    const Integers outside = Integers{} + Integer(copied ? token_count : -1);
     for (int32_t k = 0; k < padded; k += lanes) {
       const Vector one = at(numbers + 2 * k), two = at(numbers + 2 * k + lanes);
       const Vector weight = at(attention + k);
       const Integers width = *reinterpret_cast<const Integers*>(scratch.width + k);
       const Integers height = *reinterpret_cast<const Integers*>(scratch.height + k);
       const Integers start = *reinterpret_cast<const Integers*>(scratch.start + k);
+      const Integers outside = *reinterpret_cast<const Integers*>(scratch.outside + k);
       Axis<Vector, Integers> x, y;
       locate(Order<T>::even(one, two), Vector(at(set.scale_x + k)), Vector(at(scratch.base_x + k)), width, x);
       locate(Order<T>::odd(one, two), Vector(at(set.scale_y + k)), Vector(at(scratch.base_y + k)), height, y);
@@ -360,37 +378,90 @@ struct Head {
     }
   }
 
+  // Adds the points [from, to) to two sums for each part of the channels, so that one need not wait for the other.
+  template <bool copied, int parts>
+  DETR_INLINE void gather(const Points<T>& set, int32_t from, int32_t to, Vector (&upper)[parts],
+                          Vector (&lower)[parts]) const {
+    for (int32_t k = from; k < to; ++k) {
+      const T* p[4] = {value_at<copied>(set, 0, k), value_at<copied>(set, 1, k), value_at<copied>(set, 2, k),
+                       value_at<copied>(set, 3, k)};
+      for (int i = 0; i < parts; ++i) {
+        upper[i] += at(p[0] + i * lanes) * set.corner[0][k];
+        lower[i] += at(p[2] + i * lanes) * set.corner[2][k];
+        upper[i] += at(p[1] + i * lanes) * set.corner[1][k];
+        lower[i] += at(p[3] + i * lanes) * set.corner[3][k];
+      }
+    }
+  }
+
+  // Asks for what the points of a later query need from levels without a copy: they lie anywhere in memory.
+  template <bool with_grad>
+  DETR_INLINE void fetch(const Points<T>& set) const {
+    for (int32_t k = 0; k < split; ++k) {
+      for (int c = 0; c < 4; ++c) {
+        const T* p = value_at<false>(set, c, k);
+        for (int32_t d = 0; d < channels; d += line) __builtin_prefetch(p + d);
+        if (with_grad) {
+          const T* g = grad_at<false>(set, c, k);
+          for (int32_t d = 0; d < channels; d += line) __builtin_prefetch(g + d, 1);
+        }
+      }
+    }
+  }
+
   // output[b, q, m] = sum over points and corners of weight times value
   DETR_INLINE void gather(int64_t q, const Points<T>& set) {
     T* output = problem.output + row(q) * channels;
     const int32_t count = scratch.count;
     if constexpr (D != 0 && D % lanes == 0) {
       constexpr int parts = D / lanes;
-      Vector upper[parts] = {}, lower[parts] = {};  // two sums each, so that one need not wait for the other
-      for (int32_t k = 0; k < count; ++k) {
-        const T* p[4] = {value_at(set, 0, k), value_at(set, 1, k), value_at(set, 2, k), value_at(set, 3, k)};
-        for (int i = 0; i < parts; ++i) {
-          upper[i] += at(p[0] + i * lanes) * set.corner[0][k];
-          lower[i] += at(p[2] + i * lanes) * set.corner[2][k];
-          upper[i] += at(p[1] + i * lanes) * set.corner[1][k];
-          lower[i] += at(p[3] + i * lanes) * set.corner[3][k];
-        }
-      }
+      Vector upper[parts] = {}, lower[parts] = {};
+      gather<false, parts>(set, 0, split, upper, lower);
+      gather<true, parts>(set, split, count, upper, lower);
       for (int i = 0; i < parts; ++i) at(output + i * lanes) = upper[i] + lower[i];
     } else {
       int32_t d = 0;
       for (; d + lanes <= channels; d += lanes) {
         Vector sum = {};
         for (int32_t k = 0; k < count; ++k)
-          for (int c = 0; c < 4; ++c) sum += at(value_at(set, c, k) + d) * set.corner[c][k];
+          for (int c = 0; c < 4; ++c) sum += at(value_of(set, c, k) + d) * set.corner[c][k];
         at(output + d) = sum;
       }
       for (; d < channels; ++d) {
         T sum = T(0);
         for (int32_t k = 0; k < count; ++k)
-          for (int c = 0; c < 4; ++c) sum += value_at(set, c, k)[d] * set.corner[c][k];
+          for (int c = 0; c < 4; ++c) sum += value_of(set, c, k)[d] * set.corner[c][k];
         output[d] = sum;
       }
+    }
+  }
+
+  // As below, for the points [from, to) and some more: whole groups of them.
+  template <bool copied, int parts>
+  DETR_INLINE void scatter(const Points<T>& set, int32_t from, int32_t to, const Vector (&own)[parts]) {
+    for (int32_t k = from; k < to; k += group) {
+      Vector partial[lanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < lanes; ++j) {
+        const T* p = value_at<copied>(set, j % 4, k + j / 4);
+        Vector product = at(p) * own[0];
+        for (int i = 1; i < parts; ++i) product += at(p + i * lanes) * own[i];
+        partial[j] = product;
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < lanes; ++j) {
+        T* p = grad_at<copied>(set, j % 4, k + j / 4);
+        for (int i = 0; i < parts; ++i) at(p + i * lanes) += own[i] * set.corner[j % 4][k + j / 4];
+      }
+      // Sum over the lanes of each of the vectors, as one vector.
+#pragma GCC unroll 8
+      for (int step = lanes / 2; step >= 1; step /= 2) {
+#pragma GCC unroll 16
+        for (int j = 0; j < step; ++j)
+          partial[j] = Order<T>::even(partial[2 * j], partial[2 * j + 1]) +
+                       Order<T>::odd(partial[2 * j], partial[2 * j + 1]);
+      }
+      at(scratch.dots + k * 4) = partial[0];
     }
   }
 
@@ -401,38 +472,15 @@ struct Head {
     __builtin_prefetch(problem.grad_output + row(q + ahead) * channels + 64 / sizeof(T));
     if constexpr (D != 0 && D % lanes == 0 && lanes >= 4) {
       constexpr int parts = D / lanes;
-      constexpr int group = lanes / 4;  // points whose dot products one vector holds
       Vector own[parts];
       for (int i = 0; i < parts; ++i) own[i] = at(grad + i * lanes);
-      for (int32_t k = 0; k < scratch.count; k += group) {
-        Vector partial[lanes];
-#pragma GCC unroll 16
-        for (int j = 0; j < lanes; ++j) {
-          const T* p = value_at(set, j % 4, k + j / 4);
-          Vector product = at(p) * own[0];
-          for (int i = 1; i < parts; ++i) product += at(p + i * lanes) * own[i];
-          partial[j] = product;
-        }
-#pragma GCC unroll 16
-        for (int j = 0; j < lanes; ++j) {
-          T* p = grad_at(set, j % 4, k + j / 4);
-          for (int i = 0; i < parts; ++i) at(p + i * lanes) += own[i] * set.corner[j % 4][k + j / 4];
-        }
-        // Sum over the lanes of each of the vectors, as one vector.
-#pragma GCC unroll 8
-        for (int step = lanes / 2; step >= 1; step /= 2) {
-#pragma GCC unroll 16
-          for (int j = 0; j < step; ++j)
-            partial[j] = Order<T>::even(partial[2 * j], partial[2 * j + 1]) +
-                         Order<T>::odd(partial[2 * j], partial[2 * j + 1]);
-        }
-        at(scratch.dots + k * 4) = partial[0];
-      }
+      scatter<false, parts>(set, 0, split, own);
+      scatter<true, parts>(set, split, scratch.count, own);
     } else {
       for (int32_t k = 0; k < scratch.count; ++k) {
         for (int c = 0; c < 4; ++c) {
-          const T* __restrict p = value_at(set, c, k);
-          T* __restrict g = grad_at(set, c, k);
+          const T* __restrict p = value_of(set, c, k);
+          T* __restrict g = grad_of(set, c, k);
           const T weight = set.corner[c][k];
           T dot = T(0);
           for (int32_t d = 0; d < channels; ++d) {
@@ -486,7 +534,10 @@ struct Head {
     prepare<false>(query_begin, scratch.points[0]);
     for (int64_t q = query_begin; q < query_end; ++q) {
       const int now = (q - query_begin) % 2;
-      if (q + 1 < query_end) prepare<false>(q + 1, scratch.points[1 - now]);
+      if (q + 1 < query_end) {
+        prepare<false>(q + 1, scratch.points[1 - now]);
+        fetch<false>(scratch.points[1 - now]);
+      }
       gather(q, scratch.points[now]);
     }
   }
@@ -495,14 +546,16 @@ struct Head {
     if (problem.queries > 0) prepare<true>(0, scratch.points[0]);
     for (int64_t q = 0; q < problem.queries; ++q) {
       Points<T>& set = scratch.points[q % 2];
-      if (q + 1 < problem.queries) prepare<true>(q + 1, scratch.points[1 - q % 2]);
+      if (q + 1 < problem.queries) {
+        prepare<true>(q + 1, scratch.points[1 - q % 2]);
+        fetch<true>(scratch.points[1 - q % 2]);
+      }
       scatter(q, set);
       finish(q, set);
     }
-    if (copied) {
-      const int64_t full = int64_t(problem.heads) * channels;
-      T* to = problem.grad_value + (b * problem.tokens + token_begin) * full + int64_t(m) * channels;
-      for (int64_t s = 0; s < token_count; ++s) {
+    if (copied_count > 0) {
+      T* to = grad_base + problem.starts[level_copied] * full;
+      for (int64_t s = 0; s < copied_count; ++s) {
         for (int32_t d = 0; d < channels; d += line) __builtin_prefetch(to + (s + rows_ahead) * full + d, 1);
         copy_row(to + s * full, scratch.grad_value + s * channels);
       }
@@ -512,20 +565,12 @@ struct Head {
 
 template <typename T, int D>
 static void forward_of(const Problem<T>& problem, int64_t b, int32_t m, int64_t query_begin, int64_t query_end) {
-  if (problem.head_major) {
-    Head<T, D, true>(problem, b, m, 0, problem.levels, false).forward(query_begin, query_end);
-  } else {
-    Head<T, D, false>(problem, b, m, 0, problem.levels, false).forward(query_begin, query_end);
-  }
+  Head<T, D>(problem, b, m, 0, problem.levels, false).forward(query_begin, query_end);
 }
 
 template <typename T, int D>
 static void backward_of(const Problem<T>& problem, int64_t b, int32_t m, int32_t level_begin, int32_t level_end) {
-  if (problem.head_major) {
-    Head<T, D, true>(problem, b, m, level_begin, level_end, true).backward();
-  } else {
-    Head<T, D, false>(problem, b, m, level_begin, level_end, true).backward();
-  }
+  Head<T, D>(problem, b, m, level_begin, level_end, true).backward();
 }
 
 // Where the backward ran level by level: the softmax's own derivative, over rows of L*P logits.

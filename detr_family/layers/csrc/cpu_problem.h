@@ -19,10 +19,10 @@ struct Problem {
   const T* weights;                   // B x Q x M x L x P: attention weights, or logits
   const T* reference = nullptr;       // B x Q x L x (2 or 4)
   int32_t reference_dims = 0;
-  bool head_major = false;            // gather from a copy of the head rather than from `value` itself
+  int32_t first_copied = 0;           // from this level on a head gathers from a copy of its own; L for none
   T* output = nullptr;                // B x Q x M*D
   const T* grad_output = nullptr;     // B x Q x M*D
-  T* grad_value = nullptr;            // B x S x M x D; zeroed by the caller unless head_major
+  T* grad_value = nullptr;            // B x S x M x D; levels before first_copied zeroed by the caller
   T* grad_numbers = nullptr;          // as numbers
   T* grad_weights = nullptr;          // as weights; until softmax_backward has run, of the softmax's output
 };
