@@ -427,4 +427,4 @@ class DecoderLayer(nn.Module):
 
     def feed_forward(self, content: Tensor) -> Tensor:
         """The two linear layers with ReLU and dropout between them."""
-        return self.linear2(self.dropout(F.relu(self.linear1(content))))
+        return self.linear2(self.dropout(F.relu(self.linear1(content), inplace=True)))

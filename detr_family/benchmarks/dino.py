@@ -66,11 +66,11 @@ def inference_of(model: SetDetector, inputs: list[dict[str, Any]]) -> Run:
     return run
 
 
-def on_path(run: Run, path: str) -> Run:
-    """The same on one of PATHS."""
+def on_path(run: Run, path: str, autocast: bool) -> Run:
+    """The same on one of PATHS, under autocast to bfloat16 or not."""
 
     def there() -> None:
-        with PATHS[path]():
+        with PATHS[path](), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             run()
 
     return there
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), help="height and width in pixels")
     parser.add_argument("--boxes", type=int, default=7, help="in the picture of a training step (7 is COCO's mean)")
     parser.add_argument("--only", choices=("inference", "training"), help="one line of the table alone")
+    parser.add_argument("--autocast", action="store_true", help="to bfloat16, as training with SOLVER.AMP does")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wall", action="store_true", help="wall-clock time in place of the process's CPU time")
@@ -96,18 +97,20 @@ def main() -> None:
     inputs = pictures(1, args.boxes, args.size)
     height, width = args.size
     clock = "wall-clock" if args.wall else "CPU"
-    print(f"one picture of {height}x{width}, {args.threads} thread(s), {clock} seconds, medians of {args.repeats}")
+    dtype = "autocast to bfloat16" if args.autocast else "float32"
+    numbers = f"{clock} seconds on {args.threads} thread(s), medians of {args.repeats}"
+    print(f"one picture of {height}x{width}, {dtype}, {numbers}")
     print(f"{'':12}{'native':>10}{'torch':>10}{'ratio':>8}   share of deformable attention")
     for name in (args.only,) if args.only else ("inference", "training"):
         train = name == "training"
         model.train(train)
         run = step_of(model, inputs) if train else inference_of(model, inputs)
         with operator_calls() as calls:
-            run()
+            on_path(run, "native", args.autocast)()
         if not calls:
             raise ValueError(f"{args.config_file} makes a {type(model).__name__}, which has no deformable attention")
         parts = {"whole": run, "op": replay(calls, train=train)}
-        runs = {f"{part} {path}": on_path(each, path) for path in PATHS for part, each in parts.items()}
+        runs = {f"{part} {path}": on_path(each, path, args.autocast) for path in PATHS for part, each in parts.items()}
         times = time_on_cpu(runs, args.repeats, wall=args.wall)
         native, torch_ = times["whole native"], times["whole torch"]
         shares = ", ".join(f"{path} {times[f'op {path}'] / times[f'whole {path}']:.0%}" for path in PATHS)
