@@ -131,6 +131,7 @@ template <typename T>
 struct Points {
   using Integer = typename Simd<T>::Integer;
   T *scale_x, *scale_y;          // padded: see point.inl
+  T *base_x, *base_y;            // padded: likewise
   T *attention, *lx, *ly;        // padded
   T* corner[4];                  // padded: weight of each corner
   Integer* token[4];             // padded: the corner's token, `outside` where there is none
@@ -140,9 +141,8 @@ template <typename T>
 struct Scratch {
   using Integer = typename Simd<T>::Integer;
   int32_t count = 0, padded = 0;           // points in all, and rounded up
-  Points<T> points[2];                     // of the query at work, and of the next: what was just written is slow to
-                                           // read in pieces of another size
-  T *base_x, *base_y;                      // padded: see point.inl
+  Points<T> points[3];                     // of the query at work, of the next and of the one after: what was just
+                                           // written is slow to read in pieces of another size
   Integer *width, *height, *start;         // padded: of the point's level; start counts from the task's first token,
                                            // or from the copies'
   Integer* outside;                        // padded: -1, or the copies' last row
@@ -159,7 +159,7 @@ struct Scratch {
     const int64_t row = round_up(problem.channels);
     const int64_t all = round_up(int64_t(problem.levels) * problem.points);
     const int64_t copy = copied_tokens > 0 ? round_up((copied_tokens + 1) * problem.channels) : 0;
-    memory = __builtin_malloc((40 * padded + all + 2 * row + (with_grad ? 2 : 1) * copy) * sizeof(T) + 48 * 64);
+    memory = __builtin_malloc((60 * padded + all + 2 * row + (with_grad ? 2 : 1) * copy) * sizeof(T) + 64 * 64);
     char* next = static_cast<char*>(memory);
     const auto take = [&next](auto*& pointer, int64_t number) {
       next += (64 - reinterpret_cast<uintptr_t>(next) % 64) % 64;
@@ -167,13 +167,13 @@ struct Scratch {
       next += number * sizeof(*pointer);
     };
     for (Points<T>& set : points) {
-      for (T** pointer : {&set.scale_x, &set.scale_y, &set.attention, &set.lx, &set.ly}) take(*pointer, padded);
+      for (T** pointer : {&set.scale_x, &set.scale_y, &set.base_x, &set.base_y, &set.attention, &set.lx, &set.ly}) take(*pointer, padded);
       for (int c = 0; c < 4; ++c) {
         take(set.corner[c], padded);
         take(set.token[c], padded);
       }
     }
-    for (T** pointer : {&base_x, &base_y, &grad_attention}) take(*pointer, padded);
+    take(grad_attention, padded);
     for (Integer** pointer : {&width, &height, &start, &outside}) take(*pointer, padded);
     take(number, padded * 2);
     take(dots, padded * 4);
@@ -187,8 +187,10 @@ struct Scratch {
     __builtin_memset(number, 0, 2 * padded * sizeof(T));
     __builtin_memset(dots, 0, 4 * padded * sizeof(T));
     for (int32_t k = 0; k < padded; ++k) {  // padding: a 1x1 level far from where its points are
-      for (Points<T>& set : points) set.scale_x[k] = set.scale_y[k] = set.attention[k] = T(0);
-      base_x[k] = base_y[k] = T(-2);
+      for (Points<T>& set : points) {
+        set.scale_x[k] = set.scale_y[k] = set.attention[k] = T(0);
+        set.base_x[k] = set.base_y[k] = T(-2);
+      }
       width[k] = height[k] = 1;
       start[k] = 0;
       outside[k] = Integer(copied_tokens > 0 ? copied_tokens : -1);
@@ -260,10 +262,11 @@ struct Head {
         scratch.start[k] = Integer(problem.starts[l] - (l < level_copied ? 0 : copy_begin));
         scratch.outside[k] = Integer(l < level_copied ? -1 : copied_count);
         for (Points<T>& set : scratch.points) {
-          set.scale_x[k] = T(scratch.width[k]);
-          set.scale_y[k] = T(scratch.height[k]);
+          // of a location; of an offset from a point it is 1 (`refer` sets all else that differs)
+          set.scale_x[k] = problem.reference == nullptr ? T(scratch.width[k]) : T(1);
+          set.scale_y[k] = problem.reference == nullptr ? T(scratch.height[k]) : T(1);
+          set.base_x[k] = set.base_y[k] = T(-0.5);
         }
-        scratch.base_x[k] = scratch.base_y[k] = T(-0.5);
       }
     }
   }
@@ -317,17 +320,27 @@ struct Head {
     for (int32_t k = 0; k < scratch.count; k += points, reference += dims) {
       const T w = T(scratch.width[k]), h = T(scratch.height[k]);
       const T x = reference[0] * w - T(0.5), y = reference[1] * h - T(0.5);
-      const T sx = dims == 2 ? T(1) : reference[2] * w * part, sy = dims == 2 ? T(1) : reference[3] * h * part;
       for (int32_t p = 0; p < points; ++p) {
-        scratch.base_x[k + p] = x;
-        scratch.base_y[k + p] = y;
+        set.base_x[k + p] = x;
+        set.base_y[k + p] = y;
+      }
+      if (dims == 2) continue;
+      const T sx = reference[2] * w * part, sy = reference[3] * h * part;
+      for (int32_t p = 0; p < points; ++p) {
         set.scale_x[k + p] = sx;
         set.scale_y[k + p] = sy;
       }
     }
   }
 
-  // Fills the scratch for query q.
+  // What query q has in the fused form only.
+  DETR_INLINE void read(int64_t q, Points<T>& set) {
+    if (problem.reference == nullptr) return;
+    attend(q, set);
+    refer(q, set);
+  }
+
+  // Fills the scratch for query q, which has been read.
   template <bool with_grad>
   DETR_INLINE void prepare(int64_t q, Points<T>& set) {
     const int32_t count = scratch.count, padded = (count + lanes - 1) / lanes * lanes;
@@ -339,13 +352,12 @@ struct Head {
       __builtin_prefetch(problem.numbers + next * 2 + k * 2 + 64 / sizeof(T));
       __builtin_prefetch(problem.weights + next + k);
     }
-    if (problem.reference != nullptr) {
-      attend(q, set);
-      refer(q, set);
-    } else if (count == padded) {
-      attention = problem.weights + point(q);
-    } else {
-      for (int32_t k = 0; k < count; ++k) set.attention[k] = problem.weights[point(q) + k];
+    if (problem.reference == nullptr) {
+      if (count == padded) {
+        attention = problem.weights + point(q);
+      } else {
+        for (int32_t k = 0; k < count; ++k) set.attention[k] = problem.weights[point(q) + k];
+      }
     }
     if (count != padded) {
       for (int32_t k = 0; k < 2 * count; ++k) scratch.number[k] = numbers[k];
@@ -359,8 +371,8 @@ struct Head {
       const Integers start = *reinterpret_cast<const Integers*>(scratch.start + k);
       const Integers outside = *reinterpret_cast<const Integers*>(scratch.outside + k);
       Axis<Vector, Integers> x, y;
-      locate(Order<T>::even(one, two), Vector(at(set.scale_x + k)), Vector(at(scratch.base_x + k)), width, x);
-      locate(Order<T>::odd(one, two), Vector(at(set.scale_y + k)), Vector(at(scratch.base_y + k)), height, y);
+      locate(Order<T>::even(one, two), Vector(at(set.scale_x + k)), Vector(at(set.base_x + k)), width, x);
+      locate(Order<T>::odd(one, two), Vector(at(set.scale_y + k)), Vector(at(set.base_y + k)), height, y);
       const Integers outer[4] = {x.first | y.first, x.second | y.first, x.first | y.second, x.second | y.second};
       const Integers token = start + y.pixel * width + x.pixel;
       const Integers tokens[4] = {token, token + 1, token + width, token + width + 1};
@@ -530,29 +542,38 @@ struct Head {
       for (int32_t k = 0; k < 2 * count; ++k) grad_numbers[k] = to_numbers[k];
   }
 
-  void forward(int64_t query_begin, int64_t query_end) {
-    prepare<false>(query_begin, scratch.points[0]);
-    for (int64_t q = query_begin; q < query_end; ++q) {
-      const int now = (q - query_begin) % 2;
-      if (q + 1 < query_end) {
-        prepare<false>(q + 1, scratch.points[1 - now]);
-        fetch<false>(scratch.points[1 - now]);
+  // Calls work(q, set) for the queries [begin, end), two of which are read and prepared ahead.
+  template <bool with_grad, typename Work>
+  DETR_INLINE void each_query(int64_t begin, int64_t end, const Work& work) {
+    Points<T>*now = &scratch.points[0], *next = &scratch.points[1], *later = &scratch.points[2];
+    if (begin < end) {
+      read(begin, *now);
+      prepare<with_grad>(begin, *now);
+    }
+    if (begin + 1 < end) read(begin + 1, *next);
+    for (int64_t q = begin; q < end; ++q) {
+      if (q + 1 < end) {
+        prepare<with_grad>(q + 1, *next);
+        fetch<with_grad>(*next);
       }
-      gather(q, scratch.points[now]);
+      if (q + 2 < end) read(q + 2, *later);
+      work(q, *now);
+      Points<T>* free = now;
+      now = next;
+      next = later;
+      later = free;
     }
   }
 
+  void forward(int64_t query_begin, int64_t query_end) {
+    each_query<false>(query_begin, query_end, [this](int64_t q, const Points<T>& set) { gather(q, set); });
+  }
+
   void backward() {
-    if (problem.queries > 0) prepare<true>(0, scratch.points[0]);
-    for (int64_t q = 0; q < problem.queries; ++q) {
-      Points<T>& set = scratch.points[q % 2];
-      if (q + 1 < problem.queries) {
-        prepare<true>(q + 1, scratch.points[1 - q % 2]);
-        fetch<true>(scratch.points[1 - q % 2]);
-      }
+    each_query<true>(0, problem.queries, [this](int64_t q, const Points<T>& set) {
       scatter(q, set);
       finish(q, set);
-    }
+    });
     if (copied_count > 0) {
       T* to = grad_base + problem.starts[level_copied] * full;
       for (int64_t s = 0; s < copied_count; ++s) {
@@ -589,10 +610,13 @@ static void softmax_backward(const Problem<T>& problem, T* scratch, int64_t row_
 
 template <typename T>
 static Kernels<T> kernels(int32_t channels) {
-  switch (channels) {
-    case 16: return {forward_of<T, 16>, backward_of<T, 16>, softmax_backward<T>};
-    case 32: return {forward_of<T, 32>, backward_of<T, 32>, softmax_backward<T>};
-    case 64: return {forward_of<T, 64>, backward_of<T, 64>, softmax_backward<T>};
-    default: return {forward_of<T, 0>, backward_of<T, 0>, softmax_backward<T>};
+  if constexpr (sizeof(T) == sizeof(float)) {  // float64 is for checks rather than for speed
+    switch (channels) {
+      case 16: return {forward_of<T, 16>, backward_of<T, 16>, softmax_backward<T>};
+      case 32: return {forward_of<T, 32>, backward_of<T, 32>, softmax_backward<T>};
+      case 64: return {forward_of<T, 64>, backward_of<T, 64>, softmax_backward<T>};
+      default: break;
+    }
   }
+  return {forward_of<T, 0>, backward_of<T, 0>, softmax_backward<T>};
 }
