@@ -84,8 +84,8 @@ def of_the_story(output: Path, story: Path) -> list[Path]:
     models = {n: ["--model", str(f / "config.yaml"), str(f / "model_final.pth")] for n, f in folders.items()}
     dense = [part for name in ("DETR", "Conditional DETR", "DAB-DETR") for part in models[name]]
     written += analysis(["positional", *dense, "--output", str(output)])
-    denoising = [part for name in ("DAB-DETR", "DN-DETR", "DINO") for part in models[name]]
-    return written + analysis(["denoising", *denoising, "--output", str(output)])
+    twice = [part for name in ("DAB-DETR", "DN-DETR", "DINO") for part in models[name]]
+    return written + analysis(["duplicates", *twice, "--output", str(output)])
 
 
 def _end(job: Job, output: Path) -> list[str]:

@@ -15,7 +15,7 @@ from detr_family.analysis.style import house_style
 
 # The module of each has add_arguments(parser), run(args) -> files written, and a docstring that says what it is.
 COMMANDS = (
-    *("summary", "layers", "attention", "queries", "positional", "matching", "denoising"),
+    *("summary", "layers", "attention", "queries", "positional", "matching", "denoising", "duplicates"),
     *("convergence", "ablation"),
 )
 

@@ -1,8 +1,7 @@
-"""Denoising drawn as a training step gets it, and detections counted per object."""
+"""Denoising drawn as a training step gets it."""
 
 from __future__ import annotations
 
-import csv
 import json
 from typing import Any
 
@@ -10,11 +9,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from detectron2.structures import ImageList
 
 from detr_family.analysis import denoising, loading
 from detr_family.analysis.command_line import main
-from detr_family.structures import SetPrediction
 
 DENOISING = [name for name in tiny.DETECTORS if name in ("DNDETR", "DINO")]
 
@@ -50,47 +47,8 @@ def test_noise_of_zero_gives_the_truth_back_and_a_seed_the_same(work: Any) -> No
     assert any((a.box_cxcywh != b.box_cxcywh).any() for a, b in zip(once, other, strict=True))
 
 
-def test_detections_are_counted_per_object(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first object of each picture is found twice, the second once, and once more as another class."""
-    cfg = loading.load_cfg(work.config("DETR"))
-    model = loading.load_detector(cfg, untrained=True)
-    mapper = loading.DETRDatasetMapper(cfg, is_train=False)
-    pictures = [loading.map_picture(cfg, mapper, record) for record in loading.data_set(cfg)]
-    coming = iter(pictures)
-
-    def predict(images: ImageList, targets: None = None) -> SetPrediction:
-        truth = next(coming).targets(torch.device("cpu"))
-        logits, boxes = torch.full((1, 1, 7, 4), -9.0), torch.full((1, 1, 7, 4), 0.01)
-        logits[..., 3] = 9.0
-        for slot, (box, shift) in enumerate(((0, 0), (0, 0), (1, 0), (1, 1))):
-            if box < len(truth):
-                logits[0, 0, slot, 3] = -9.0
-                logits[0, 0, slot, (truth.labels[box] + shift) % 3] = 9.0
-                boxes[0, 0, slot] = truth.boxes_cxcywh[box]
-        return SetPrediction(logits, boxes)
-
-    monkeypatch.setattr(model, "predict", predict)
-    counts = denoising.per_object(cfg, model, score=0.5, iou=0.9)
-    expected = [n for p in pictures for n in [2, 1, 0, 0, 0, 0][: len(p.truth)]]
-    assert counts.tolist() == expected
-    row = denoising.duplicates_row("x", np.array([0, 1, 1, 3]))
-    assert (row["missed"], row["once"], row["twice or more"]) == (25, 50, 25)
-    assert row["detections per found object"] == pytest.approx(5 / 3)
-
-
-@pytest.mark.parametrize("name", tiny.DETECTORS)
-def test_duplicates_of_every_detector(name: str, work: Any) -> None:
-    model = ["--model", work.config(name), work.weights(name), "--score", "0"]
-    written = main(["denoising", *model, "--iou", "0.1", "--output", str(work.output)])
-    row = next(csv.DictReader(written[-1].open()))
-    assert int(row["objects"]) > 4
-    assert sum(float(row[key]) for key in ("missed", "once", "twice or more")) == pytest.approx(100, abs=0.01)
-
-
 def test_mistakes(work: Any) -> None:
     output = ["--output", str(work.output)]
-    with pytest.raises(SystemExit, match="give --config-file to draw denoising, or --model"):
-        main(["denoising", *output])
     with pytest.raises(SystemExit, match="DAB-DETR learns no denoising"):
         main(["denoising", "--config-file", work.config("DABDETR"), *output])
     with pytest.raises(SystemExit, match="has its denoising switched off"):
@@ -98,5 +56,3 @@ def test_mistakes(work: Any) -> None:
     work.without_boxes()
     with pytest.raises(SystemExit, match="has no true boxes"):
         main(["denoising", "--config-file", work.config("DNDETR"), *output])
-    with pytest.raises(SystemExit, match="'shapes_val' has no object"):
-        main(["denoising", "--model", work.config("DNDETR"), work.weights("DNDETR"), *output])
