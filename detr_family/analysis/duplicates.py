@@ -60,16 +60,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[Path]:
     """See the module."""
     counts = []
-    for config, weights in args.models:
+    runs = names_of_runs([weights for _, weights in args.models])
+    for run_name, (config, weights) in zip(runs, args.models, strict=True):
         cfg = load_cfg(config, [*args.opts, "MODEL.WEIGHTS", weights])
         model = load_detector(cfg)
         found = count(cfg, model, score=args.score, iou=args.iou, near_iou=args.near_iou, limit=args.limit)
-        counts.append((f"{title_of(model)} ({Path(weights).parent.name or weights})", found))
+        counts.append((f"{title_of(model)} ({run_name})", found))
     table = [row_of(name, found) for name, found in counts]
     columns = list(table[0])
     print(style.table(table, {key: key for key in columns}))
     written = style.save_figure(draw(counts, args.score, args.iou), args.output, "duplicates")
     return [*written, style.save_csv(table, columns, args.output, "duplicates")]
+
+
+def names_of_runs(weights: Sequence[str]) -> list[str]:
+    """The folders of checkpoints, with as many of the folders above as tell them apart; the file itself where all that
+    is the same."""
+    paths = [Path(file) for file in weights]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parent.parts[-depth:]) or path.name for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return list(weights)
 
 
 @dataclass

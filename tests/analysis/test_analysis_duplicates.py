@@ -64,6 +64,13 @@ def test_duplicates_of_every_detector(name: str, work: Any) -> None:
     assert sum(float(row[key]) for key in ("missed", "once", "twice or more")) == pytest.approx(100, abs=0.01)
 
 
+def test_names_of_runs() -> None:
+    assert duplicates.names_of_runs(["out/dn/model_final.pth"]) == ["dn"]
+    assert duplicates.names_of_runs(["a/dn/seed0/m.pth", "a/cdn/seed0/m.pth"]) == ["dn/seed0", "cdn/seed0"]
+    assert duplicates.names_of_runs(["a/x.pth", "a/y.pth"]) == ["a/x.pth", "a/y.pth"]
+    assert duplicates.names_of_runs(["model.pth"]) == ["model.pth"]
+
+
 def test_no_objects(work: Any) -> None:
     work.without_boxes()
     with pytest.raises(SystemExit, match="'shapes_val' has no object"):
