@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from detr_family.benchmarks import denoising, dino
 
@@ -30,3 +31,12 @@ def test_native_against_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     printed = capsys.readouterr().out
     assert re.search(r"inference +\d+\.\d+ +\d+\.\d+ +\d+\.\d+ +native \d+%, torch \d+%", printed)
     assert re.search(r"training +\d", printed)
+
+
+def test_autocast_is_that_of_the_run_alone() -> None:
+    seen: list[torch.dtype] = []
+    for autocast in (True, False):
+        dino.on_path(
+            lambda: seen.append(torch.nn.functional.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype), "torch", autocast
+        )()
+    assert seen == [torch.bfloat16, torch.float32]

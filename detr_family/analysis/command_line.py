@@ -37,6 +37,20 @@ def add_model(parser: argparse.ArgumentParser, one_picture: bool = False) -> Non
     add_opts(parser)
 
 
+def add_models(parser: argparse.ArgumentParser, purpose: str, *, required: bool) -> None:
+    """--model CONFIG WEIGHTS, once for each detector that is compared: `models`, a list of pairs."""
+    parser.add_argument(
+        "--model",
+        dest="models",
+        nargs=2,
+        action="append",
+        default=[],
+        required=required,
+        metavar=("CONFIG", "WEIGHTS"),
+        help=purpose,
+    )
+
+
 def numbers(text: str) -> list[float]:
     """For argparse: "1,20" -> [1.0, 20.0]. (A list with blanks would swallow the KEY VALUE pairs behind it.)"""
     return [float(part) for part in text.split(",")]

@@ -40,15 +40,7 @@ _MOST = 3  # detections per object from which on they are counted together
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See the module."""
-    parser.add_argument(
-        "--model",
-        dest="models",
-        nargs=2,
-        action="append",
-        required=True,
-        metavar=("CONFIG", "WEIGHTS"),
-        help="count what this one finds",
-    )
+    command_line.add_models(parser, "count what this one finds", required=True)
     parser.add_argument("--score", type=float, default=0.3, help="detections that score at least this count (0.3)")
     parser.add_argument("--iou", type=float, default=0.5, help="for an object that they overlap by this (0.5)")
     parser.add_argument("--near-iou", type=float, default=0.7, help="least overlap of a near-duplicate (0.7)")

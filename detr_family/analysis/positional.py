@@ -41,14 +41,10 @@ SIZES = ((0.2, 0.2), (0.2, 0.5), (0.5, 0.2), (0.4, 0.4))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See the module."""
-    parser.add_argument(
-        "--model",
-        dest="models",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("CONFIG", "WEIGHTS"),
-        help=f"a detector for figure 4; the word {UNTRAINED!r} in place of a file leaves the weights as initialised",
+    command_line.add_models(
+        parser,
+        f"a detector for figure 4; the word {UNTRAINED!r} in place of a file leaves the weights as initialised",
+        required=False,
     )
     parser.add_argument("--layer", type=int, default=-1, help="decoder layer, from 0; -1 the last")
     parser.add_argument("--queries", type=int, default=4, help="maps for each detector (4)")

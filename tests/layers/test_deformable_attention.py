@@ -169,6 +169,17 @@ def test_copies_of_no_levels_of_some_and_of_all(queries: int, points: int, chann
 
 
 @needs_native
+def test_results_of_megabytes():
+    """Output and gradients span huge pages, which are asked for and touched before they are written."""
+    shapes, starts = [(70, 64), (9, 8)], [0, 4480]
+    inputs = numbers(batch=1, queries=9000, heads=8, channels=32, points=2, shapes=shapes)
+    expected = run(lambda value, *rest: ms_deform_attn_torch(value, shapes, *rest), inputs)
+    results = run(lambda value, *rest: ms_deform_attn(value, shapes, starts, *rest), inputs)
+    assert all(result.nbytes >= 4 << 20 for result in results[:3])  # a huge page is 2 MiB
+    close(results, expected, 1e-12)
+
+
+@needs_native
 @pytest.mark.parametrize("threads", [1, 3, 40])
 def test_threads_change_nothing(threads: int):
     """One task per head, per level, and more threads than both."""
