@@ -170,13 +170,22 @@ def test_copies_of_no_levels_of_some_and_of_all(queries: int, points: int, chann
 
 @needs_native
 def test_results_of_megabytes():
-    """Output and gradients span huge pages, which are asked for and touched before they are written."""
+    """Huge pages are touched before anything is written: bit for bit the results of pieces smaller than a page."""
     shapes, starts = [(70, 64), (9, 8)], [0, 4480]
-    inputs = numbers(batch=1, queries=9000, heads=8, channels=32, points=2, shapes=shapes)
-    expected = run(lambda value, *rest: ms_deform_attn_torch(value, shapes, *rest), inputs)
-    results = run(lambda value, *rest: ms_deform_attn(value, shapes, starts, *rest), inputs)
-    assert all(result.nbytes >= 4 << 20 for result in results[:3])  # a huge page is 2 MiB
-    close(results, expected, 1e-12)
+    value, *rest = numbers(batch=1, queries=9000, heads=8, channels=32, points=2, shapes=shapes)
+    grad = torch.randn(1, 9000, 256, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+    def of(queries: slice) -> list[Tensor]:
+        inputs = (value, *(item[:, queries] for item in rest))
+        return run(lambda v, *r: ms_deform_attn(v, shapes, starts, *r), inputs, grad[:, queries])
+
+    whole = of(slice(None))
+    assert all(result.nbytes >= 4 << 20 for result in whole[:3])  # a huge page is 2 MiB
+    pieces = [of(slice(first, first + 500)) for first in range(0, 9000, 500)]
+    for index in (0, 2, 3):  # output and the gradients of locations and weights
+        assert torch.equal(whole[index], torch.cat([piece[index] for piece in pieces], 1))
+    expected = run(lambda v, *r: ms_deform_attn_torch(v, shapes, *r), (value, *rest), grad)
+    close(whole, expected, 1e-12)
 
 
 @needs_native
