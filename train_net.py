@@ -18,12 +18,12 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.command_line import mistakes
 from detr_family.config import check_class_count, departures, load_config
-from detr_family.datasets.coco import register_datasets
+from detr_family.data.datasets.coco import register_datasets
 from detr_family.engine import Trainer
 from detr_family.engine.processes import argument_parser, launch
 from detr_family.engine.randomness import run_seed
+from detr_family.errors import mistakes
 
 
 def setup(args: argparse.Namespace) -> CfgNode:

@@ -12,8 +12,8 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import Tensor
 
-from detr_family.datasets.coco import register_datasets
-from detr_family.datasets.shapes import write_shapes
+from detr_family.data.datasets.coco import register_datasets
+from detr_family.data.datasets.shapes import write_shapes
 from detr_family.engine import Trainer
 from detr_family.engine.randomness import seed_all
 from detr_family.engine.watch import RunWriter

@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.released_names import released_name
+from detr_family.checkpoint.releases import released_name
 
 SHARED = Path(os.environ.get("DETR_FAMILY_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 FOLDER = SHARED / "golden"

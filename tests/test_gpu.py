@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 
-from detr_family.denoising import denoising_groups
-from detr_family.structures import Targets
+from detr_family.modeling.denoising import denoising_groups
+from detr_family.modeling.structures import Targets
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from detr_family.datasets.shapes import write_shapes
+from detr_family.data.datasets.shapes import write_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -165,7 +165,7 @@ def test_a_picture_that_becomes_unreadable_stops_the_run_which_can_be_resumed(
 def test_an_error_in_the_model_keeps_its_traceback(data: list[str], tmp_path: Path) -> None:
     script = (
         "import runpy, sys\n"
-        "from detr_family.detr import DETR\n"
+        "from detr_family.modeling.detr import DETR\n"
         "def predict(self, images, targets=None):\n"
         "    raise ValueError('channels differ')\n"
         "DETR.predict = predict\n"

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from detr_family import add_detr_family_config
-from detr_family.set_detector import SetDetector
+from detr_family.modeling.set_detector import SetDetector
 
 STRIDE = 16
 NUM_CLASSES = 3

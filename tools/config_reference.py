@@ -1,10 +1,10 @@
-"""Writes docs/config.md, the page on every key of the configuration, from the comments in detr_family/config.py."""
+"""Writes docs/config.md, the page on every key, from the comments in detr_family/config/defaults.py."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from detr_family.config_reference import page
+from detr_family.config.reference import page
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from detr_family.datasets.shapes import write_shapes
+from detr_family.data.datasets.shapes import write_shapes
 
 
 def main() -> None:

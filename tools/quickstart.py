@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from detr_family.quickstart import quickstart
+from detr_family.commands.quickstart import quickstart
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
 import argparse
 import sys
 
-from detr_family.command_line import add_import
-from detr_family.report import write_report
+from detr_family.config.projects import add_import
+from detr_family.visualization.report import write_report
 
 
 def main() -> None:

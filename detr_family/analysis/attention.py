@@ -34,7 +34,7 @@ from detr_family.analysis.loading import (
     predict,
     title_of,
 )
-from detr_family.set_detector import SetDetector
+from detr_family.modeling.set_detector import SetDetector
 
 _MOST_POINTS = 4
 

@@ -8,10 +8,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 from detr_family.analysis.loading import data_sets_for_now
 from detr_family.analysis.style import house_style
+from detr_family.config.projects import add_import
 
 # The module of each has add_arguments(parser), run(args) -> files written, and a docstring that says what it is.
 COMMANDS = (
@@ -66,23 +66,10 @@ def add_opts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="as on train_net.py's command line")
 
 
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise argparse.ArgumentTypeError(f"{name} cannot be imported: {error}") from error
-
-
 def parser() -> argparse.ArgumentParser:
     """The whole command line; the modules of its first option are imported while it is parsed."""
     top = argparse.ArgumentParser(prog="python -m detr_family.analysis", description="The papers' tables and figures.")
-    top.add_argument(
-        "--import",
-        type=_import,
-        action="append",
-        metavar="MODULE",
-        help="import this before anything else: it registers detectors of one's own, as projects.deformable does",
-    )
+    add_import(top)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"detr_family.analysis.{name}")

@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator
 from detr_family.analysis import style
 from detr_family.analysis.loading import data_sets_for_now, quiet
 from detr_family.config import load_config
-from detr_family.datasets.coco import register_datasets, training_dicts
-from detr_family.visualize import read_metrics
+from detr_family.data.datasets.coco import register_datasets, training_dicts
+from detr_family.visualization.draw import read_metrics
 
 
 def add_runs(parser: argparse.ArgumentParser, required: bool) -> None:

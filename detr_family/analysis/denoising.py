@@ -27,8 +27,8 @@ from detr_family.analysis.loading import (
     names_of_classes,
     title_of,
 )
-from detr_family.denoising import DenoisingGroups
-from detr_family.set_detector import SetDetector
+from detr_family.modeling.denoising import DenoisingGroups
+from detr_family.modeling.set_detector import SetDetector
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

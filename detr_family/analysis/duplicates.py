@@ -32,8 +32,8 @@ from detr_family.analysis.loading import (
     predict,
     title_of,
 )
-from detr_family.dataset_mapper import DETRDatasetMapper
-from detr_family.set_detector import SetDetector
+from detr_family.data.dataset_mapper import DETRDatasetMapper
+from detr_family.modeling.set_detector import SetDetector
 
 _MOST = 3  # detections per object from which on they are counted together
 

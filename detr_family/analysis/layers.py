@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from detr_family.analysis import command_line, style
 from detr_family.analysis.loading import data_set, load_cfg, load_detector, quiet, title_of
-from detr_family.dataset_mapper import DETRDatasetMapper
-from detr_family.evaluation import build_evaluator
-from detr_family.postprocess import to_instances
-from detr_family.set_detector import SetDetector
+from detr_family.data.dataset_mapper import DETRDatasetMapper
+from detr_family.evaluation.evaluator import build_evaluator
+from detr_family.modeling.postprocessing import to_instances
+from detr_family.modeling.set_detector import SetDetector
 
 COLUMNS = ("layer", "nms", "AP", "AP50", "AP75", "APs", "APm", "APl")
 

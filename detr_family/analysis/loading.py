@@ -21,10 +21,10 @@ from torchvision.ops import box_convert
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import check_class_count, class_names, load_config, num_classes
-from detr_family.dataset_mapper import DETRDatasetMapper
-from detr_family.datasets.coco import register_datasets
-from detr_family.set_detector import SetDetector
-from detr_family.structures import SetPrediction, Targets
+from detr_family.data.dataset_mapper import DETRDatasetMapper
+from detr_family.data.datasets.coco import register_datasets
+from detr_family.modeling.set_detector import SetDetector
+from detr_family.modeling.structures import SetPrediction, Targets
 
 
 def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:

@@ -27,9 +27,9 @@ from detr_family.analysis.loading import (
     predict,
     title_of,
 )
-from detr_family.matcher import HungarianMatcher
-from detr_family.set_detector import SetDetector
-from detr_family.structures import SetPrediction, Targets
+from detr_family.modeling.matcher import HungarianMatcher
+from detr_family.modeling.set_detector import SetDetector
+from detr_family.modeling.structures import SetPrediction, Targets
 
 KEY = "matching_instability"
 _MOST_QUERIES = 24

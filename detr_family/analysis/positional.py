@@ -30,9 +30,9 @@ from detr_family.analysis.loading import (
     predict,
     title_of,
 )
-from detr_family.detr import DETR
 from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
-from detr_family.set_detector import SetDetector
+from detr_family.modeling.detr import DETR
+from detr_family.modeling.set_detector import SetDetector
 
 UNTRAINED = "untrained"
 TEMPERATURES = (1.0, 2.0, 5.0, 10.0, 20.0, 100.0, 1000.0, 10000.0)

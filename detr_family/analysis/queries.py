@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from detr_family.analysis import command_line, style
 from detr_family.analysis.loading import data_set, load_cfg, load_detector, map_picture, predict, title_of
-from detr_family.conditional_detr import ConditionalDETR
-from detr_family.dab_detr import DABDETR
-from detr_family.dataset_mapper import DETRDatasetMapper
-from detr_family.dn_detr import DNDETR
-from detr_family.set_detector import SetDetector
+from detr_family.data.dataset_mapper import DETRDatasetMapper
+from detr_family.modeling.conditional_detr import ConditionalDETR
+from detr_family.modeling.dab_detr import DABDETR
+from detr_family.modeling.dn_detr import DNDETR
+from detr_family.modeling.set_detector import SetDetector
 
 SHAPES = {"small": style.COLOURS[2], "large, wide": style.COLOURS[1], "large, tall": style.COLOURS[0]}
 

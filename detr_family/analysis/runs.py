@@ -5,7 +5,7 @@ A list is YAML:
     config: configs/detr_quickstart.yaml     # of rows that name none; paths start from the list's own folder
     seeds: [0, 1, 2]
     opts: {SOLVER.MAX_ITER: 480}             # of all rows
-    shapes: {train: 1500, val: 200}          # optional: train on generated pictures (detr_family.datasets.shapes)
+    shapes: {train: 1500, val: 200}          # optional: train on generated pictures (detr_family.data.datasets.shapes)
     rows:
       - {name: sine, opts: {}, published: 40.6}
       - {name: learned, opts: {MODEL.DETR.SPATIAL_ENCODING.TYPE: learned}}
@@ -28,8 +28,8 @@ from typing import Any
 
 import yaml
 
-from detr_family.datasets.shapes import write_shapes
-from detr_family.visualize import read_metrics
+from detr_family.data.datasets.shapes import write_shapes
+from detr_family.visualization.draw import read_metrics
 
 _DONE = "finished.json"
 _ASKED = "asked.json"

@@ -24,7 +24,7 @@ from detr_family.analysis import command_line, style
 from detr_family.analysis.loading import load_cfg, load_detector, title_of
 from detr_family.benchmarks.complexity import count_gflops, count_params
 from detr_family.benchmarks.published import MEAN_PICTURE, PUBLISHED
-from detr_family.set_detector import SetDetector
+from detr_family.modeling.set_detector import SetDetector
 
 COLUMNS = (
     *("config", "detector", "epochs", "AP", "AP50", "AP75", "APs", "APm", "APl"),

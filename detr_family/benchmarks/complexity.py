@@ -12,7 +12,6 @@ Without config files: all in configs/ whose figures are published. A project's a
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import math
 import warnings
@@ -29,7 +28,8 @@ from torch import Tensor, nn
 
 from detr_family.benchmarks.published import MEAN_PICTURE, PUBLISHED
 from detr_family.config import load_config
-from detr_family.set_detector import SetDetector
+from detr_family.config.projects import add_import
+from detr_family.modeling.set_detector import SetDetector
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -114,11 +114,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config_files", nargs="*", type=Path)
     parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE")
+    add_import(parser)
     args = parser.parse_args()
     logging.getLogger("fvcore").setLevel(logging.ERROR)
-    for module in args.modules:
-        importlib.import_module(module)
     files = args.config_files or [path for name in PUBLISHED if (path := CONFIGS / f"{name}.yaml").is_file()]
     print("params in millions, GFLOPs in billions of multiply-adds, both beside the published ones")
     print(f"{'':32} {'params':>7} {'published':>9} {'%':>6} {'picture':>9} {'GFLOPs':>9} {'published':>9} {'%':>6}")

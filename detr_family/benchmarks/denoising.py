@@ -19,8 +19,8 @@ from detectron2.structures import Boxes, Instances
 
 from detr_family.benchmarks.measure import Run, peak_of, time_on_cpu
 from detr_family.config import load_config
-from detr_family.dn_detr import DNDETR
-from detr_family.set_detector import SetDetector
+from detr_family.modeling.dn_detr import DNDETR
+from detr_family.modeling.set_detector import SetDetector
 
 NUM_CLASSES = 80
 

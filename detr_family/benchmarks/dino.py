@@ -22,7 +22,7 @@ from detr_family.benchmarks.measure import Run, time_on_cpu
 from detr_family.config import load_config
 from detr_family.layers import deformable_attention
 from detr_family.layers.deformable_attention import pure_torch_path
-from detr_family.set_detector import SetDetector
+from detr_family.modeling.set_detector import SetDetector
 
 PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {"native": nullcontext, "torch": pure_torch_path}
 

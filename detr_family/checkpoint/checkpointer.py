@@ -1,6 +1,6 @@
 """Loading weights: the five papers' released files as they are, ImageNet backbones, and one's own checkpoints.
 
-A file is told by the names in it (`detr_family.released_names`).
+A file is told by the names in it (`detr_family.checkpoint.releases`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from detr_family.checkpoint_files import UNFINISHED, is_whole, load_pickle, load_torch, replacing
-from detr_family.released_names import (
+from detr_family.checkpoint.files import UNFINISHED, is_whole, load_pickle, load_torch, replacing
+from detr_family.checkpoint.releases import (
     CLASS_ROWS,
     COCO_IDS,
     COCO_NAMES,

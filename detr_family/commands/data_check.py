@@ -16,10 +16,9 @@ from detectron2.config import CfgNode
 from PIL import Image, ImageDraw
 from tabulate import tabulate
 
-from detr_family.command_line import add_import
 from detr_family.config import load_config
-from detr_family.dataset_mapper import DETRDatasetMapper
-from detr_family.datasets.check import (
+from detr_family.config.projects import add_import
+from detr_family.data.check import (
     DatasetPart,
     Finding,
     annotation_findings,
@@ -27,8 +26,9 @@ from detr_family.datasets.check import (
     read_part,
     statistics,
 )
-from detr_family.datasets.coco import check_class_names, register_datasets
-from detr_family.visualize import contact_sheet, draw_boxes
+from detr_family.data.dataset_mapper import DETRDatasetMapper
+from detr_family.data.datasets.coco import check_class_names, register_datasets
+from detr_family.visualization.draw import contact_sheet, draw_boxes
 
 EXIT_STATUS = {"note": 0, "warning": 1, "error": 2}
 _MOST_CLASSES = 100  # rows of the printed table

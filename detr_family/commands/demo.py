@@ -20,12 +20,12 @@ from detectron2.structures import Instances
 from PIL import Image
 from tqdm import tqdm
 
-from detr_family.command_line import add_import
+from detr_family.checkpoint.releases import COCO_IDS
 from detr_family.config import load_config
-from detr_family.datasets.coco import register_datasets
-from detr_family.predictor import Picture, Predictor
-from detr_family.released_names import COCO_IDS
-from detr_family.visualize import draw_detections
+from detr_family.config.projects import add_import
+from detr_family.data.datasets.coco import register_datasets
+from detr_family.inference.predictor import Picture, Predictor
+from detr_family.visualization.draw import draw_detections
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
 _NAMED_EXAMPLES = 5

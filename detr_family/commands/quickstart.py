@@ -19,10 +19,10 @@ from detectron2.modeling import build_model
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import load_config
-from detr_family.dataset_mapper import DETRDatasetMapper
-from detr_family.datasets.coco import register_datasets
-from detr_family.datasets.shapes import write_shapes
-from detr_family.visualize import draw_comparison, plot_metrics, read_metrics
+from detr_family.data.dataset_mapper import DETRDatasetMapper
+from detr_family.data.datasets.coco import register_datasets
+from detr_family.data.datasets.shapes import write_shapes
+from detr_family.visualization.draw import draw_comparison, plot_metrics, read_metrics
 
 _MARKER = "made_by_quickstart.json"
 _TRAIN_PICTURES, _VAL_PICTURES = 1500, 200

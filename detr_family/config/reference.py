@@ -14,7 +14,8 @@ from detr_family.config import add_detr_family_config
 
 _HEAD = """# Every key of the configuration
 
-Made by `python tools/config_reference.py` from the comments in [config.py](../detr_family/config.py): edit those.
+Made by `python tools/config_reference.py` from the comments in
+[config/defaults.py](../detr_family/config/defaults.py): edit those.
 
 These are the keys that detr_family adds to Detectron2's, with their defaults; the recipes in [configs/](../configs)
 set them to the papers' values. Keys of Detectron2's own (`SOLVER.BASE_LR`, `INPUT.MIN_SIZE_TRAIN` ...) keep the meaning

@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
-from detr_family.datasets.coco_json import (
+from detr_family.data.datasets.coco_json import (
     CLIPPED,
     CocoScan,
     corners_suspected,
@@ -27,7 +27,7 @@ from detr_family.datasets.coco_json import (
     read_categories,
     scan_coco_json,
 )
-from detr_family.datasets.pictures import read_picture
+from detr_family.data.images import read_picture
 
 NAMED_EXAMPLES = 5
 _FEW_BOXES = 10  # of a class: too few to learn it from

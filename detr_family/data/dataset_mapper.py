@@ -17,7 +17,7 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
 from torch.utils.data import DataLoader
 
-from detr_family.datasets.pictures import PictureError, check_depth, unreadable
+from detr_family.data.images import PictureError, check_depth, unreadable
 
 _CROP_PROBABILITY = 0.5
 _REMEDY = (

@@ -7,7 +7,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from detr_family.command_line import UserError
+from detr_family.errors import UserError
 
 
 class PictureError(UserError, ValueError):

@@ -14,8 +14,8 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detr_family.dataset_mapper import DETRDatasetMapper
-from detr_family.set_detector import SetDetector
+from detr_family.data.dataset_mapper import DETRDatasetMapper
+from detr_family.modeling.set_detector import SetDetector
 
 
 class MatchingInstability(HookBase):

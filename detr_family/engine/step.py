@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from detr_family.command_line import UserError
-from detr_family.criterion import mean_over_ranks, part_of_batch
 from detr_family.engine.randomness import STEP, seed_all
+from detr_family.errors import UserError
+from detr_family.modeling.criterion import mean_over_ranks, part_of_batch
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

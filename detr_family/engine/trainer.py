@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import check_class_count, class_names
-from detr_family.dataset_mapper import DETRDatasetMapper, build_test_loader
-from detr_family.datasets.coco import training_dicts
+from detr_family.data.dataset_mapper import DETRDatasetMapper, build_test_loader
+from detr_family.data.datasets.coco import training_dicts
 from detr_family.engine.averaging import WeightAverage
 from detr_family.engine.instability import build_instability_hook
 from detr_family.engine.loader import TrainLoader
@@ -29,7 +29,7 @@ from detr_family.engine.randomness import run_seed
 from detr_family.engine.schedule import iterations_from_epochs
 from detr_family.engine.step import TrainStep
 from detr_family.engine.watch import watching_hooks
-from detr_family.evaluation import build_evaluator
+from detr_family.evaluation.evaluator import build_evaluator
 
 _logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """The COCO evaluator, writing to OUTPUT_DIR/inference; see `detr_family.evaluation.inference_folder`."""
+        """The COCO evaluator, writing to OUTPUT_DIR/inference; see `evaluation.evaluator.inference_folder`."""
         return build_evaluator(cfg, dataset_name)
 
 

@@ -25,10 +25,10 @@ from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from detr_family.curves import write_csv, write_curves
-from detr_family.predictor import Predictor
-from detr_family.report import write_report
-from detr_family.visualize import draw_comparison, read_metrics
+from detr_family.inference.predictor import Predictor
+from detr_family.visualization.curves import write_csv, write_curves
+from detr_family.visualization.draw import draw_comparison, read_metrics
+from detr_family.visualization.report import write_report
 
 _PICTURES = 4
 _LONGEST_SIDE = 1200  # of what TensorBoard gets, pixels

@@ -25,9 +25,9 @@ from torch import nn
 
 from detr_family.checkpoint import DETRCheckpointer, read_class_names
 from detr_family.config import load_config
-from detr_family.dataset_mapper import ResizeShortestEdge
-from detr_family.datasets.coco import register_datasets
-from detr_family.datasets.pictures import read_picture
+from detr_family.data.dataset_mapper import ResizeShortestEdge
+from detr_family.data.datasets.coco import register_datasets
+from detr_family.data.images import read_picture
 
 # A path, or the pixels: (H, W, 3) uint8.
 Picture = str | os.PathLike[str] | np.ndarray

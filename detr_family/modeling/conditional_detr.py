@@ -9,7 +9,7 @@ What differs from DETR:
   never refined; boxes are predicted relative to it (equation 2).
 - Focal loss in place of cross-entropy, and the best pairs of query and class at inference.
 
-The encoder is DETR's. Parameter names are the release's. Letters as in `detr_family.detr`; M attention heads.
+The encoder is DETR's. Parameter names are the release's. Letters as in `detr_family.modeling.detr`; M attention heads.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from detr_family.criterion import FocalClassLoss, SetCriterion
-from detr_family.detr import Encoder, EncoderLayer
 from detr_family.layers.attention import ProjectedAttention
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.mlp import MLP
 from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
-from detr_family.matcher import FocalClassCost, HungarianMatcher
-from detr_family.postprocess import best_pairs
-from detr_family.set_detector import SetDetector, common_arguments
-from detr_family.structures import SetPrediction, Targets
+from detr_family.modeling.criterion import FocalClassLoss, SetCriterion
+from detr_family.modeling.detr import Encoder, EncoderLayer
+from detr_family.modeling.matcher import FocalClassCost, HungarianMatcher
+from detr_family.modeling.postprocessing import best_pairs
+from detr_family.modeling.set_detector import SetDetector, common_arguments
+from detr_family.modeling.structures import SetPrediction, Targets
 
 PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)  # every class starts at a probability of 0.01 (arXiv 1708.02002, 4.1)
 

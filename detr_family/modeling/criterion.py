@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from detr_family.layers.boxes import generalized_iou
-from detr_family.structures import Assignment, SetPrediction, Targets
+from detr_family.modeling.structures import Assignment, SetPrediction, Targets
 
 ClassLoss = Callable[[Tensor, Tensor, "Tensor | float"], Tensor]
 

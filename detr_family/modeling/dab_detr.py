@@ -9,7 +9,7 @@ What differs from Conditional DETR:
 - The encoder scales its positional encoding by a function of the content; PReLU; one box head shared by all
   layers, its last layer starting from zeros; optionally several learned content patterns for every anchor.
 
-Parameter names are the release's. Letters as in `detr_family.detr`; P patterns.
+Parameter names are the release's. Letters as in `detr_family.modeling.detr`; P patterns.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from detr_family.conditional_detr import PRIOR_BIAS, ConditionalDecoderLayer
-from detr_family.criterion import FocalClassLoss, SetCriterion
-from detr_family.detr import EncoderLayer
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.mlp import MLP
 from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
-from detr_family.matcher import FocalClassCost, HungarianMatcher
-from detr_family.postprocess import best_pairs
-from detr_family.set_detector import SetDetector, common_arguments
-from detr_family.structures import SetPrediction, Targets
+from detr_family.modeling.conditional_detr import PRIOR_BIAS, ConditionalDecoderLayer
+from detr_family.modeling.criterion import FocalClassLoss, SetCriterion
+from detr_family.modeling.detr import EncoderLayer
+from detr_family.modeling.matcher import FocalClassCost, HungarianMatcher
+from detr_family.modeling.postprocessing import best_pairs
+from detr_family.modeling.set_detector import SetDetector, common_arguments
+from detr_family.modeling.structures import SetPrediction, Targets
 
 EPS = 1e-3  # of inverse_sigmoid, in this paper's release and those that follow it
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from detr_family.layers.boxes import inverse_sigmoid
-from detr_family.structures import Assignment, SetPrediction, Targets
+from detr_family.modeling.structures import Assignment, SetPrediction, Targets
 
 
 @dataclass

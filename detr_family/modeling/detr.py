@@ -22,13 +22,13 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from detr_family.criterion import SetCriterion, SoftmaxClassLoss
 from detr_family.layers.mlp import MLP
 from detr_family.layers.position_encoding import LearnedPositionEncoding, SinePositionEncoding
-from detr_family.matcher import HungarianMatcher, softmax_class_cost
-from detr_family.postprocess import best_class_per_query
-from detr_family.set_detector import SetDetector, common_arguments
-from detr_family.structures import SetPrediction, Targets
+from detr_family.modeling.criterion import SetCriterion, SoftmaxClassLoss
+from detr_family.modeling.matcher import HungarianMatcher, softmax_class_cost
+from detr_family.modeling.postprocessing import best_class_per_query
+from detr_family.modeling.set_detector import SetDetector, common_arguments
+from detr_family.modeling.structures import SetPrediction, Targets
 
 
 @META_ARCH_REGISTRY.register()

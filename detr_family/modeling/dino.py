@@ -2,9 +2,9 @@
 
 What differs from DN-DETR:
 
-- Deformable attention over several feature levels, in encoder and decoder (`detr_family.deformable`).
+- Deformable attention over several feature levels, in encoder and decoder (`detr_family.modeling.deformable`).
 - Contrastive denoising: each noised box also comes as a negative, from farther away, that is to be rejected (section
-  3.3). See `detr_family.denoising`.
+  3.3). See `detr_family.modeling.denoising`.
 - Mixed query selection: the decoder's anchors are boxes that the encoder proposes, its content is learned (section
   3.4).
 - Look forward twice: a layer's box is predicted from the anchor that the layer before moved, with its gradient
@@ -28,10 +28,13 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from detr_family.conditional_detr import PRIOR_BIAS
-from detr_family.criterion import FocalClassLoss, SetCriterion, mean_num_boxes
-from detr_family.dab_detr import EPS
-from detr_family.deformable import (
+from detr_family.layers.boxes import inverse_sigmoid
+from detr_family.layers.mlp import MLP
+from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
+from detr_family.modeling.conditional_detr import PRIOR_BIAS
+from detr_family.modeling.criterion import FocalClassLoss, SetCriterion, mean_num_boxes
+from detr_family.modeling.dab_detr import EPS
+from detr_family.modeling.deformable import (
     DeformableDecoderLayer,
     DeformableEncoder,
     DeformableEncoderLayer,
@@ -43,14 +46,11 @@ from detr_family.deformable import (
     level_position,
     take_tokens,
 )
-from detr_family.denoising import DenoisingGroups, contrastive_groups, denoising_groups
-from detr_family.layers.boxes import inverse_sigmoid
-from detr_family.layers.mlp import MLP
-from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
-from detr_family.matcher import FocalClassCost, HungarianMatcher
-from detr_family.postprocess import best_pairs
-from detr_family.set_detector import SetDetector, common_arguments
-from detr_family.structures import SetPrediction, Targets
+from detr_family.modeling.denoising import DenoisingGroups, contrastive_groups, denoising_groups
+from detr_family.modeling.matcher import FocalClassCost, HungarianMatcher
+from detr_family.modeling.postprocessing import best_pairs
+from detr_family.modeling.set_detector import SetDetector, common_arguments
+from detr_family.modeling.structures import SetPrediction, Targets
 
 QUERY_SELECTIONS = ("none", "pure", "mixed")
 DENOISINGS = ("none", "dn", "contrastive")

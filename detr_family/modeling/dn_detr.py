@@ -3,13 +3,13 @@
 What differs from DAB-DETR:
 
 - In training the decoder also gets groups of ground-truth boxes with noise and learns to restore them (section 4.2,
-  equation 2): box regression learns without waiting for a stable matching. See `detr_family.denoising`.
+  equation 2): box regression learns without waiting for a stable matching. See `detr_family.modeling.denoising`.
 - Content queries are label embeddings with one channel spent on an indicator, 1 for denoising and 0 for matching
   queries (section 4.4); a matching query's label is "unknown", the embedding's last row.
 - A mask keeps groups from seeing each other, and the matching part from seeing any of them (section 4.3).
 
 At inference it is DAB-DETR, with "unknown" in place of a content of zeros. Encoder, decoder and their parameter names
-are DAB-DETR's. Letters as in `detr_family.dab_detr`; R denoising queries.
+are DAB-DETR's. Letters as in `detr_family.modeling.dab_detr`; R denoising queries.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from detr_family.conditional_detr import PRIOR_BIAS
-from detr_family.criterion import FocalClassLoss, SetCriterion, mean_num_boxes
-from detr_family.dab_detr import EPS, DABDecoder, DABEncoder, learned_anchors
-from detr_family.denoising import DenoisingGroups, DenoisingPrediction, denoising_groups, split_prediction
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.position_encoding import SinePositionEncoding
-from detr_family.matcher import FocalClassCost, HungarianMatcher
-from detr_family.postprocess import best_pairs
-from detr_family.set_detector import SetDetector, common_arguments
-from detr_family.structures import SetPrediction, Targets
+from detr_family.modeling.conditional_detr import PRIOR_BIAS
+from detr_family.modeling.criterion import FocalClassLoss, SetCriterion, mean_num_boxes
+from detr_family.modeling.dab_detr import EPS, DABDecoder, DABEncoder, learned_anchors
+from detr_family.modeling.denoising import DenoisingGroups, DenoisingPrediction, denoising_groups, split_prediction
+from detr_family.modeling.matcher import FocalClassCost, HungarianMatcher
+from detr_family.modeling.postprocessing import best_pairs
+from detr_family.modeling.set_detector import SetDetector, common_arguments
+from detr_family.modeling.structures import SetPrediction, Targets
 
 
 @META_ARCH_REGISTRY.register()
@@ -47,7 +47,7 @@ class DNDETR(SetDetector):
         position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
         num_classes: K, classes of the data set.
         num_queries: anchors; with P patterns the predicted set has P times as many boxes.
-        fix_centres: as in `detr_family.dab_detr.DABDETR`.
+        fix_centres: as in `detr_family.modeling.dab_detr.DABDETR`.
         anchor_size: as there.
         num_groups: denoising groups, each with every box of a picture; 0 trains without denoising.
         max_denoising_queries: the most denoising queries of a picture, at least one per group.

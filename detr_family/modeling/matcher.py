@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from detr_family.layers.boxes import generalized_iou
-from detr_family.structures import Assignment, SetPrediction, Targets
+from detr_family.modeling.structures import Assignment, SetPrediction, Targets
 
 ClassCost = Callable[[Tensor, Tensor, Tensor], Tensor]
 

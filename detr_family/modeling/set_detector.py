@@ -15,12 +15,12 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from detr_family.config import num_classes
-from detr_family.criterion import ClassLoss, SetCriterion
-from detr_family.freezing import freeze, keep_frozen_statistics
 from detr_family.layers.checkpointing import backbone_blocks, checkpoint_activations
-from detr_family.matcher import ClassCost, HungarianMatcher
-from detr_family.postprocess import Selection, to_instances
-from detr_family.structures import SetPrediction, Targets
+from detr_family.modeling.criterion import ClassLoss, SetCriterion
+from detr_family.modeling.freezing import freeze, keep_frozen_statistics
+from detr_family.modeling.matcher import ClassCost, HungarianMatcher
+from detr_family.modeling.postprocessing import Selection, to_instances
+from detr_family.modeling.structures import SetPrediction, Targets
 
 
 class _SetDetectorType(type):
@@ -42,7 +42,7 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
 
     A detector says how it predicts (`predict`); one that is trained with more than matched sets adds to `losses`.
     One that is built from a configuration is frozen and checkpointed as MODEL.DETR.FREEZE and CHECKPOINT say; for
-    one that is not, see `detr_family.freezing.freeze` and `detr_family.layers.checkpointing`.
+    one that is not, see `detr_family.modeling.freezing.freeze` and `detr_family.layers.checkpointing`.
 
     Args:
         backbone: a Detectron2 backbone; the detectors read its coarsest feature map (DINO several).
@@ -50,7 +50,7 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
         aux_loss: train the sets of the earlier decoder layers too.
         matcher: pairs predictions with ground truth.
         criterion: the loss of matched pairs.
-        select: (logits, boxes, topk) -> scores, classes, boxes: see `detr_family.postprocess`.
+        select: (logits, boxes, topk) -> scores, classes, boxes: see `detr_family.modeling.postprocessing`.
         topk: detections per picture (TEST.DETECTIONS_PER_IMAGE).
         pixel_mean: three means, in the channel order of the input.
         pixel_std: three standard deviations.

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from detr_family.visualize import COLOURS
+from detr_family.visualization.draw import COLOURS
 
 _MOST_POINTS = 1000  # of a curve; more are averaged
 _MOST_CURVES = 7  # in one panel: as many as there are colours
@@ -54,7 +54,7 @@ def panels(metrics: Sequence[dict[str, Any]]) -> list[Panel]:
     Losses of the earlier decoder layers (`loss_ce_0` ...) and AP by class are left to the CSV and the report.
 
     Args:
-        metrics: from `detr_family.visualize.read_metrics`.
+        metrics: from `detr_family.visualization.draw.read_metrics`.
     """
     keys = sorted({key for entry in metrics for key, value in entry.items() if _number(value) is not None})
     drawn = [key for key in keys if key not in _NOT_DRAWN]

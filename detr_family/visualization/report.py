@@ -25,12 +25,12 @@ from torch import tensor
 
 from detr_family.collect_env import collect_env
 from detr_family.config import load_config
-from detr_family.curves import panel_svg, panels
-from detr_family.datasets.coco import register_datasets
-from detr_family.datasets.pictures import read_picture
-from detr_family.evaluation import inference_folder
-from detr_family.picture_scores import IOU, PictureScore, SetScore, score_pictures
-from detr_family.visualize import draw_comparison, read_metrics
+from detr_family.data.datasets.coco import register_datasets
+from detr_family.data.images import read_picture
+from detr_family.evaluation.evaluator import inference_folder
+from detr_family.evaluation.image_scores import IOU, PictureScore, SetScore, score_pictures
+from detr_family.visualization.curves import panel_svg, panels
+from detr_family.visualization.draw import draw_comparison, read_metrics
 
 _SHOWN_PICTURES = 4  # best, and as many worst
 _LONGEST_SIDE = 520  # of a picture on the page, pixels

@@ -22,22 +22,22 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from detr_family.criterion import SetCriterion
-from detr_family.dab_detr import EPS
-from detr_family.deformable import (
+from detr_family.layers.boxes import inverse_sigmoid
+from detr_family.layers.mlp import MLP
+from detr_family.layers.position_encoding import sine_of_coordinates
+from detr_family.modeling.criterion import SetCriterion
+from detr_family.modeling.dab_detr import EPS
+from detr_family.modeling.deformable import (
     DeformableDecoderLayer,
     Levels,
     flatten_levels,
     init_transformer,
     level_position,
 )
-from detr_family.layers.boxes import inverse_sigmoid
-from detr_family.layers.mlp import MLP
-from detr_family.layers.position_encoding import sine_of_coordinates
-from detr_family.matcher import HungarianMatcher
-from detr_family.postprocess import best_pairs
-from detr_family.set_detector import SetDetector
-from detr_family.structures import SetPrediction, Targets
+from detr_family.modeling.matcher import HungarianMatcher
+from detr_family.modeling.postprocessing import best_pairs
+from detr_family.modeling.set_detector import SetDetector
+from detr_family.modeling.structures import SetPrediction, Targets
 from projects.deformable.deformable_detr import (
     check_sizes,
     decoder_layers_of,

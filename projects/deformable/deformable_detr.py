@@ -3,7 +3,7 @@
 What differs from DETR:
 
 - Tokens of several feature levels; encoder and decoder look at a few sampled points of each in place of all tokens
-  (sections 4.1 and 4.2, `detr_family.deformable`).
+  (sections 4.1 and 4.2, `detr_family.modeling.deformable`).
 - Boxes are predicted relative to reference points, which come from the object queries (appendix A.3).
 - Focal loss, 300 queries, the best pairs of query and class at inference.
 - Optionally, boxes are refined layer by layer; and the encoder proposes the boxes to start from (section 4.2).
@@ -26,9 +26,12 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from detr_family.conditional_detr import PRIOR_BIAS
-from detr_family.criterion import FocalClassLoss, SetCriterion
-from detr_family.deformable import (
+from detr_family.layers.boxes import inverse_sigmoid
+from detr_family.layers.mlp import MLP
+from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
+from detr_family.modeling.conditional_detr import PRIOR_BIAS
+from detr_family.modeling.criterion import FocalClassLoss, SetCriterion
+from detr_family.modeling.deformable import (
     DeformableDecoderLayer,
     DeformableEncoder,
     DeformableEncoderLayer,
@@ -38,13 +41,10 @@ from detr_family.deformable import (
     init_transformer,
     level_position,
 )
-from detr_family.layers.boxes import inverse_sigmoid
-from detr_family.layers.mlp import MLP
-from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
-from detr_family.matcher import FocalClassCost, HungarianMatcher
-from detr_family.postprocess import best_pairs
-from detr_family.set_detector import SetDetector, common_arguments
-from detr_family.structures import SetPrediction, Targets
+from detr_family.modeling.matcher import FocalClassCost, HungarianMatcher
+from detr_family.modeling.postprocessing import best_pairs
+from detr_family.modeling.set_detector import SetDetector, common_arguments
+from detr_family.modeling.structures import SetPrediction, Targets
 
 EPS = 1e-5  # of inverse_sigmoid, in this paper's release
 

@@ -3,7 +3,7 @@
 What differs from DAB-Deformable-DETR:
 
 - In training the decoder also gets groups of ground-truth boxes with noise and learns to restore them
-  (`detr_family.denoising`).
+  (`detr_family.modeling.denoising`).
 - One channel of the content is an indicator, 1 for denoising and 0 for matching queries.
 
 What differs from DN-DETR: a matching query has a learned content of its own, not that of an unknown label.
@@ -23,15 +23,15 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
-from detr_family.criterion import SetCriterion
-from detr_family.dab_detr import EPS
-from detr_family.deformable import Levels, flatten_levels, level_position
-from detr_family.denoising import DenoisingGroups, DenoisingPrediction, denoising_groups, split_prediction
-from detr_family.dn_detr import denoised_losses, denoising_content
-from detr_family.matcher import HungarianMatcher
-from detr_family.postprocess import best_pairs
-from detr_family.set_detector import SetDetector
-from detr_family.structures import SetPrediction, Targets
+from detr_family.modeling.criterion import SetCriterion
+from detr_family.modeling.dab_detr import EPS
+from detr_family.modeling.deformable import Levels, flatten_levels, level_position
+from detr_family.modeling.denoising import DenoisingGroups, DenoisingPrediction, denoising_groups, split_prediction
+from detr_family.modeling.dn_detr import denoised_losses, denoising_content
+from detr_family.modeling.matcher import HungarianMatcher
+from detr_family.modeling.postprocessing import best_pairs
+from detr_family.modeling.set_detector import SetDetector
+from detr_family.modeling.structures import SetPrediction, Targets
 from projects.deformable.dab_deformable_detr import DABDeformableTransformer, dab_arguments
 from projects.deformable.deformable_detr import level_projections, predict_layers
 
@@ -194,7 +194,7 @@ class DNDeformableDETR(SetDetector):
         )
 
     def losses(self, prediction: SetPrediction, targets: Targets) -> dict[str, Tensor]:
-        """Losses of matched sets, and with denoising those of `detr_family.dn_detr.denoised_losses`."""
+        """Losses of matched sets, and with denoising those of `detr_family.modeling.dn_detr.denoised_losses`."""
         losses = super().losses(prediction, targets)
         if isinstance(prediction, DenoisingPrediction):
             losses |= denoised_losses(self.criterion, prediction, targets, aux_loss=self.aux_loss)

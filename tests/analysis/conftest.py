@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from detr_family.analysis.command_line import main
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.datasets.shapes import write_shapes
+from detr_family.data.datasets.shapes import write_shapes
 
 
 @dataclass

@@ -13,7 +13,7 @@ from detectron2.structures import ImageList
 
 from detr_family.analysis import duplicates, loading
 from detr_family.analysis.command_line import main
-from detr_family.structures import SetPrediction
+from detr_family.modeling.structures import SetPrediction
 
 
 def test_detections_are_counted_per_object(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:

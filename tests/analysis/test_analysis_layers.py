@@ -13,7 +13,7 @@ from PIL import Image
 
 from detr_family.analysis import layers, loading
 from detr_family.analysis.command_line import main
-from detr_family.structures import SetPrediction
+from detr_family.modeling.structures import SetPrediction
 
 
 @pytest.mark.parametrize("name", tiny.DETECTORS)

@@ -12,7 +12,7 @@ import torch
 
 from detr_family.analysis import loading, positional
 from detr_family.analysis.command_line import main
-from detr_family.dab_detr import DABDETR
+from detr_family.modeling.dab_detr import DABDETR
 
 DENSE = [name for name in tiny.DETECTORS if name != "DINO"]
 

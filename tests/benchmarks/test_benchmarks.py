@@ -10,7 +10,7 @@ import torch
 
 from detr_family.benchmarks import denoising, dino
 
-CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "dn_detr_quickstart.yaml")
+CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "dn_detr_quickstart.yaml")
 
 
 def test_cost_of_denoising(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from detr_family.benchmarks.published import PUBLISHED
 from detr_family.config import load_config
 from detr_family.layers.deformable_attention import MSDeformAttn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Attend(nn.Module):

@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.released_names import COCO_IDS, convert_released, released_name, resnet_name
+from detr_family.checkpoint.releases import COCO_IDS, convert_released, released_name, resnet_name
 
 
 class Resnet(nn.Module):

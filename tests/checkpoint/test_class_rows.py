@@ -13,8 +13,8 @@ from engine_runs import run_cfg, train
 from torch import Tensor, nn
 
 from detr_family.checkpoint import DETRCheckpointer
+from detr_family.checkpoint.releases import COCO_IDS, COCO_NAMES
 from detr_family.engine import Trainer
-from detr_family.released_names import COCO_IDS, COCO_NAMES
 
 ROWS = ("class_embed", "label_enc", "enc_out_class_embed")
 

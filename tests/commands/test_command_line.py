@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch._utils import ExceptionWrapper
 
-from detr_family.command_line import UserError, message_of, mistakes
-from detr_family.datasets.pictures import PictureError, read_picture
+from detr_family.data.images import PictureError, read_picture
+from detr_family.errors import UserError, message_of, mistakes
 
 
 def test_errors_of_files_and_settings_are_the_users() -> None:

@@ -14,12 +14,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from own_data import ANNOTATIONS, write
 from PIL import Image
 
-from detr_family.data_check import config_of, draw_training_pictures, parser, run
-from detr_family.datasets import register_datasets
-from detr_family.datasets.shapes import write_shapes
-from detr_family.visualize import COLOURS
+from detr_family.commands.data_check import config_of, draw_training_pictures, parser, run
+from detr_family.data.datasets import register_datasets
+from detr_family.data.datasets.shapes import write_shapes
+from detr_family.visualization.draw import COLOURS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "detr_quickstart.yaml"
 
 

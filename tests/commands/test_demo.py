@@ -22,9 +22,9 @@ from pycocotools.coco import COCO
 from test_predictor import NAMES, Bomb, config
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.demo import category_ids, find_inputs, parser, run
+from detr_family.commands.demo import category_ids, find_inputs, parser, run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_the_threshold_holds_and_a_high_one_is_explained(folder: Path, capsys: p
 def test_category_ids_are_those_of_the_data_set_where_it_is_here(coco_folder: Path) -> None:
     cfg = config("DETR")
     assert category_ids(cfg, NAMES) == [1, 2, 3]
-    from detr_family.datasets import register_coco_format
+    from detr_family.data.datasets import register_coco_format
 
     register_coco_format("demo ids", write(coco_folder), str(coco_folder))
     register_coco_format("demo gone", str(coco_folder / "gone.json"), str(coco_folder))
@@ -146,7 +146,7 @@ def test_a_detector_of_ones_own_is_made_known_first(folder: Path, monkeypatch: p
     (folder / "config.yaml").write_text(cfg.dump())
     (folder / "detector_of_the_tests.py").write_text(
         "from detectron2.modeling import META_ARCH_REGISTRY\n"
-        "from detr_family.detr import DETR\n"
+        "from detr_family.modeling.detr import DETR\n"
         "@META_ARCH_REGISTRY.register()\n"
         "class DetrOfTheTests(DETR):\n"
         "    pass\n"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from detr_family import quickstart as module
-from detr_family.quickstart import quickstart
+from detr_family.commands import quickstart as module
+from detr_family.commands.quickstart import quickstart
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # In place of train_net.py: leaves what a run leaves, and the command line that it was given.
 STAND_IN = """
 import json, pathlib, sys

@@ -11,11 +11,10 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from detr_family import config
-from detr_family.config import check_class_count, class_names, load_config, num_classes
-from detr_family.datasets.coco import register_datasets
+from detr_family.config import check_class_count, class_names, load_config, num_classes, projects
+from detr_family.data.datasets.coco import register_datasets
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -112,13 +111,13 @@ def test_no_data_set_and_no_count_is_an_error(cfg: CfgNode) -> None:
 
 
 def test_a_projects_keys_are_added_once_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_project_configs", [])
+    monkeypatch.setattr(projects, "_added", [])
 
-    @config.project_config
+    @projects.project_config
     def add(cfg: CfgNode) -> None:
         cfg.MODEL.MINE = CfgNode({"LEVELS": 3})
 
-    assert config.project_config(add) is add
+    assert projects.project_config(add) is add
     assert load_config("", ["MODEL.MINE.LEVELS", "4"]).MODEL.MINE.LEVELS == 4
     with pytest.raises(ValueError, match=r"similar: MODEL\.MINE\.LEVELS"):
         load_config("", ["MODEL.MINE.LEVEL", "4"])

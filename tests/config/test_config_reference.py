@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from detectron2.config import get_cfg
 
-from detr_family import config
-from detr_family.config_reference import entries, page
+from detr_family.config import defaults, loading, projects
+from detr_family.config.reference import entries, page
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "config.md"
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -18,10 +18,10 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_it_has_every_key_that_is_not_detectron2s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_project_configs", [])  # another test may have imported a project
+    monkeypatch.setattr(projects, "_added", [])  # another test may have imported a project
     cfg = get_cfg()
-    config.add_detr_family_config(cfg)
-    ours = set(config._keys(cfg)) - set(config._keys(get_cfg()))
+    defaults.add_detr_family_config(cfg)
+    ours = set(loading._keys(cfg)) - set(loading._keys(get_cfg()))
     assert len(ours) > 50
     assert not [key for key in ours if page().count(f"`{key}`") != 1]
 

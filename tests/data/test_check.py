@@ -13,8 +13,8 @@ from detectron2.config import CfgNode
 from own_data import ANNOTATIONS, CATEGORIES, IMAGES, write
 from PIL import Image
 
-from detr_family.datasets import register_coco_format, training_dicts
-from detr_family.datasets.check import Finding, annotation_findings, picture_findings, read_part, statistics
+from detr_family.data.check import Finding, annotation_findings, picture_findings, read_part, statistics
+from detr_family.data.datasets import register_coco_format, training_dicts
 
 
 @pytest.fixture

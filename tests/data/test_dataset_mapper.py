@@ -9,7 +9,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from detr_family import add_detr_family_config
-from detr_family.dataset_mapper import DETRDatasetMapper
+from detr_family.data.dataset_mapper import DETRDatasetMapper
 
 WIDTH, HEIGHT = 90, 60
 BOX = [30.0, 20.0, 24.0, 18.0]

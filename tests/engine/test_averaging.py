@@ -13,7 +13,7 @@ from torch import nn
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.engine.averaging import WeightAverage
-from detr_family.predictor import Predictor
+from detr_family.inference.predictor import Predictor
 
 
 def test_it_is_the_moving_average_of_weights_and_statistics() -> None:

@@ -11,11 +11,11 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from detr_family.datasets.coco import register_datasets, training_dicts
-from detr_family.datasets.shapes import write_shapes
+from detr_family.data.datasets.coco import register_datasets, training_dicts
+from detr_family.data.datasets.shapes import write_shapes
 from detr_family.engine.instability import MatchingInstability, build_instability_hook, matchings
-from detr_family.set_detector import SetDetector
-from detr_family.structures import Assignment
+from detr_family.modeling.set_detector import SetDetector
+from detr_family.modeling.structures import Assignment
 
 
 def pictures() -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model, launch
 from detectron2.utils import comm
 
-from detr_family.datasets.pictures import PictureError
+from detr_family.data.images import PictureError
 from detr_family.engine import processes
 from detr_family.engine.processes import run_and_leave
 

@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from engine_runs import assert_bit_equal, everything, run_cfg, train, weights_of
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.datasets.coco import register_datasets
+from detr_family.data.datasets.coco import register_datasets
 from detr_family.engine import Trainer
 from detr_family.engine.processes import run_and_leave
 

@@ -23,10 +23,10 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from detr_family import report
-from detr_family.datasets import register_datasets
+from detr_family.data.datasets import register_datasets
 from detr_family.engine import Trainer, watch
-from detr_family.report import write_report
+from detr_family.visualization import report
+from detr_family.visualization.report import write_report
 
 
 def run(folder: Path, changes: dict[str, Any] | None = None, name: str = "other", **keys: Any) -> Trainer:

@@ -22,11 +22,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detr_family.dataset_mapper import build_test_loader
-from detr_family.datasets import register_coco_format
-from detr_family.evaluation import CocoFormatEvaluator, build_evaluator, inference_folder
+from detr_family.data.dataset_mapper import build_test_loader
+from detr_family.data.datasets import register_coco_format
+from detr_family.evaluation.evaluator import CocoFormatEvaluator, build_evaluator, inference_folder
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_eval_ref"
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_eval_ref"
 
 
 def predict_truth(name, evaluator, keep=lambda record, annotation: True):

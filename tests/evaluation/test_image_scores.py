@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detr_family.picture_scores import match, score_pictures
+from detr_family.evaluation.image_scores import match, score_pictures
 
 
 def record(image_id: int, *boxes: tuple[int, list[float]], crowd: tuple[int, ...] = ()) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from detectron2.structures import Instances
 from PIL import Image
 
 from detr_family.checkpoint import DETRCheckpointer, read_class_names
-from detr_family.dataset_mapper import DETRDatasetMapper
-from detr_family.predictor import Predictor
+from detr_family.data.dataset_mapper import DETRDatasetMapper
+from detr_family.inference.predictor import Predictor
 
 NAMES = ["red", "white", "platelet"]
 

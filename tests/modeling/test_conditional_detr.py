@@ -9,12 +9,12 @@ import tiny
 import torch
 from torchvision.ops import sigmoid_focal_loss
 
-from detr_family.criterion import FocalClassLoss
 from detr_family.layers.attention import ProjectedAttention
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.position_encoding import sine_of_coordinates
-from detr_family.matcher import FocalClassCost
-from detr_family.postprocess import best_pairs
+from detr_family.modeling.criterion import FocalClassLoss
+from detr_family.modeling.matcher import FocalClassCost
+from detr_family.modeling.postprocessing import best_pairs
 
 
 def test_concatenation_adds_the_products_of_content_and_position() -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert, generalized_box_iou
 
-from detr_family.criterion import SetCriterion, SoftmaxClassLoss
-from detr_family.structures import Assignment, SetPrediction, Targets
+from detr_family.modeling.criterion import SetCriterion, SoftmaxClassLoss
+from detr_family.modeling.structures import Assignment, SetPrediction, Targets
 
 K = 4  # three classes and no-object
 

@@ -10,8 +10,8 @@ import torch
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from detr_family.dab_detr import DABDETR, DABDecoder
 from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
+from detr_family.modeling.dab_detr import DABDETR, DABDecoder
 
 
 def dab(**keys: Any) -> DABDETR:

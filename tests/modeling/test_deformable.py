@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detr_family.deformable import (
+from detr_family.modeling.deformable import (
     DeformableDecoderLayer,
     DeformableEncoder,
     DeformableEncoderLayer,

@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from detr_family import denoising
-from detr_family.denoising import box_slots, denoising_groups, flip_labels, group_mask, noise_boxes
-from detr_family.structures import SetPrediction, Targets
+from detr_family.modeling import denoising
+from detr_family.modeling.denoising import box_slots, denoising_groups, flip_labels, group_mask, noise_boxes
+from detr_family.modeling.structures import SetPrediction, Targets
 
 DRAWS = 100_000
 

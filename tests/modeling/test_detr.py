@@ -11,11 +11,11 @@ import torch
 from detectron2.modeling import build_model
 from torch import nn
 
-from detr_family.criterion import SetCriterion, SoftmaxClassLoss
-from detr_family.detr import DETR, Transformer
 from detr_family.layers.position_encoding import SinePositionEncoding
-from detr_family.matcher import HungarianMatcher, softmax_class_cost
-from detr_family.postprocess import best_class_per_query
+from detr_family.modeling.criterion import SetCriterion, SoftmaxClassLoss
+from detr_family.modeling.detr import DETR, Transformer
+from detr_family.modeling.matcher import HungarianMatcher, softmax_class_cost
+from detr_family.modeling.postprocessing import best_class_per_query
 
 
 def detr(**keys: Any) -> DETR:

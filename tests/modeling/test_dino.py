@@ -11,11 +11,11 @@ import torch
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from detr_family import denoising
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.denoising import DenoisingGroups, contrastive_groups, noise_corners
-from detr_family.dino import DINO, DINOPrediction
-from detr_family.structures import Targets
+from detr_family.modeling import denoising
+from detr_family.modeling.denoising import DenoisingGroups, contrastive_groups, noise_corners
+from detr_family.modeling.dino import DINO, DINOPrediction
+from detr_family.modeling.structures import Targets
 
 DRAWS = 100_000
 QUERIES = 7

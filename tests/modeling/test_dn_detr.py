@@ -14,9 +14,9 @@ from fvcore.nn import FlopCountAnalysis
 from torch import Tensor
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.denoising import DenoisingPrediction
-from detr_family.dn_detr import DNDETR, denoising_content
-from detr_family.released_names import convert_released
+from detr_family.checkpoint.releases import convert_released
+from detr_family.modeling.denoising import DenoisingPrediction
+from detr_family.modeling.dn_detr import DNDETR, denoising_content
 
 GROUPS = 3
 

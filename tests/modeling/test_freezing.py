@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from detr_family.engine.optimizer import build_optimizer
-from detr_family.freezing import freeze, keep_frozen_statistics
+from detr_family.modeling.freezing import freeze, keep_frozen_statistics
 
 
 @pytest.mark.parametrize("name", tiny.DETECTORS)

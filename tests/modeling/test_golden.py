@@ -7,7 +7,7 @@ import pytest
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DETECTORS = ["detr_r50", "conditional_detr_r50", "dab_detr_r50", "dn_detr_r50", "dino_r50_4scale"]
 
 pytestmark = pytest.mark.golden

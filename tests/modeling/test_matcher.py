@@ -9,8 +9,8 @@ import tiny
 import torch
 from torchvision.ops import box_convert, generalized_box_iou
 
-from detr_family.matcher import HungarianMatcher, softmax_class_cost
-from detr_family.structures import SetPrediction, Targets
+from detr_family.modeling.matcher import HungarianMatcher, softmax_class_cost
+from detr_family.modeling.structures import SetPrediction, Targets
 
 
 def matcher(**weights: float) -> HungarianMatcher:

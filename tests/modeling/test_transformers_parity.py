@@ -19,7 +19,7 @@ import torch
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from detr_family.set_detector import SetDetector
+from detr_family.modeling.set_detector import SetDetector
 
 transformers = pytest.importorskip("transformers", reason="the transformers package is not installed")
 

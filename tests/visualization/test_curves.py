@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detr_family.curves import Panel, panel_svg, panels, series, write_csv, write_curves
-from detr_family.visualize import read_metrics
+from detr_family.visualization.curves import Panel, panel_svg, panels, series, write_csv, write_curves
+from detr_family.visualization.draw import read_metrics
 
 RUN: list[dict[str, Any]] = [
     {"iteration": 19, "total_loss": 9.0, "loss_ce": 1.0, "loss_ce_0": 1.5, "loss_ce_dn": 2.0, "lr": 1e-4, "time": 0.5},

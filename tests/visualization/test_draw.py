@@ -8,8 +8,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from detr_family import visualize
-from detr_family.visualize import COLOURS, draw_comparison, plot_metrics, read_metrics
+from detr_family.visualization import draw as visualize
+from detr_family.visualization.draw import COLOURS, draw_comparison, plot_metrics, read_metrics
 
 NAMES = ["circle", "square", "triangle"]
 

@@ -15,8 +15,8 @@ from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.catalog import Metadata
 from detectron2.utils import comm
 
-from detr_family.datasets.check import DatasetPart, annotation_findings, read_part
-from detr_family.datasets.coco_json import CONFIG_KEY, printable, read_categories, read_coco_json
+from detr_family.data.check import DatasetPart, annotation_findings, read_part
+from detr_family.data.datasets.coco_json import CONFIG_KEY, printable, read_categories, read_coco_json
 
 _CHECKED_PICTURES = 20000
 _NAMED_EXAMPLES = 5

@@ -20,8 +20,8 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from detr_family.datasets.coco import CocoFormatMetadata
-from detr_family.datasets.coco_json import read_coco_json
+from detr_family.data.datasets.coco import CocoFormatMetadata
+from detr_family.data.datasets.coco_json import read_coco_json
 
 MINIVAL = 5000  # pictures of v2's val, by ascending id
 # The second version's annotations name these, and its archives do not hold them.

@@ -1,8 +1,7 @@
-"""Backbones as the papers use them: torchvision's ResNet and Swin, built from Detectron2's blocks."""
+"""torchvision's ResNet, built from Detectron2's blocks."""
 
 from __future__ import annotations
 
-import detectron2
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -22,29 +21,3 @@ def build_torchvision_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> B
         first = backbone.res5[0].conv2
         first.dilation = first.padding = (1, 1)
     return backbone
-
-
-@BACKBONE_REGISTRY.register()
-def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """Swin T, S, B or L (MODEL.SWIN), its outputs p0 to p3 of strides 4 to 32; see `detr_family.swin.Swin`.
-
-    Raises:
-        ImportError: this Detectron2 has no Swin.
-        ValueError: a setting that cannot be.
-    """
-    try:
-        from detr_family.swin import Swin
-    except ImportError as error:
-        raise ImportError(
-            f"Detectron2 {detectron2.__version__} has no SwinTransformer, which was added after 0.6: install a newer "
-            "one (python tools/install_detectron2.py, see docs/install.md), or choose a ResNet in MODEL.BACKBONE.NAME"
-        ) from error
-    swin = cfg.MODEL.SWIN
-    return Swin(
-        in_channels=input_shape.channels,
-        size=swin.SIZE,
-        window_size=swin.WINDOW_SIZE,
-        drop_path_rate=swin.DROP_PATH_RATE,
-        out_features=swin.OUT_FEATURES,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-    )

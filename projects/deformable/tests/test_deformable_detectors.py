@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from test_detectors import *  # noqa: F403  (the suite itself)
 
 import projects.deformable  # noqa: F401
-from detr_family.set_detector import SetDetector
+from detr_family.modeling.set_detector import SetDetector
 
 
 def deformable(cfg: CfgNode) -> None:

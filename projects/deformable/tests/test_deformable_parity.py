@@ -10,7 +10,7 @@ from test_transformers_parity import COMMON, WIDTHS, Rules, packed, their_value,
 from torch import nn
 
 import projects.deformable  # noqa: F401
-from detr_family.set_detector import SetDetector
+from detr_family.modeling.set_detector import SetDetector
 from projects.deformable.deformable_detr import TwoStagePrediction
 
 pytestmark = pytest.mark.parity

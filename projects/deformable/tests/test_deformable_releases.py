@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import projects.deformable  # noqa: F401
 from detr_family import add_detr_family_config
 from detr_family.checkpoint import DETRCheckpointer
+from detr_family.checkpoint.releases import COCO_IDS, convert_released, released_name
 from detr_family.config import load_config
-from detr_family.released_names import COCO_IDS, convert_released, released_name
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 Shapes = dict[str, tuple[int, ...]]

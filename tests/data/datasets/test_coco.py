@@ -13,8 +13,8 @@ from own_data import ANNOTATIONS, CATEGORIES, IMAGES, write
 from PIL import Image
 
 from detr_family import add_detr_family_config
-from detr_family.datasets import check_pictures, coco, register_coco_format, register_datasets, training_dicts
-from detr_family.datasets.coco_json import read_coco_json
+from detr_family.data.datasets import check_pictures, coco, register_coco_format, register_datasets, training_dicts
+from detr_family.data.datasets.coco_json import read_coco_json
 
 
 def with_boxes(*boxes):

@@ -20,10 +20,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 
-from detr_family.data_check import check_data, text_of
-from detr_family.dataset_mapper import DETRDatasetMapper
-from detr_family.datasets import register_datasets, training_dicts
-from detr_family.datasets.coco_json import scan_coco_json
+from detr_family.commands.data_check import check_data, text_of
+from detr_family.data.dataset_mapper import DETRDatasetMapper
+from detr_family.data.datasets import register_datasets, training_dicts
+from detr_family.data.datasets.coco_json import scan_coco_json
 
 ODD: list[Any] = [
     *(None, True, False, "", "0", "7", "\ud800", "a\0b", "../../a.png", "a.png", [], {}, [1], {"id": 1}),

@@ -12,9 +12,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from detr_family.config import class_names
-from detr_family.datasets import objects365
-from detr_family.datasets.coco import training_dicts
-from detr_family.evaluation import build_evaluator
+from detr_family.data.datasets import objects365
+from detr_family.data.datasets.coco import training_dicts
+from detr_family.evaluation.evaluator import build_evaluator
 
 CATEGORIES = [{"id": 2, "name": "Sneakers"}, {"id": 1, "name": "Person"}, {"id": 365, "name": "Table Tennis "}]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detr_family.datasets import shapes
-from detr_family.datasets.coco_json import read_coco_json
-from detr_family.datasets.shapes import draw_shapes, write_shapes
+from detr_family.data.datasets import shapes
+from detr_family.data.datasets.coco_json import read_coco_json
+from detr_family.data.datasets.shapes import draw_shapes, write_shapes
 
 
 def contents(root):

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 from torchvision.models import resnet50
 
-from detr_family.released_names import resnet_name
+from detr_family.checkpoint.releases import resnet_name
 
 
 @pytest.mark.parametrize("dilated", [False, True])

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSwin
 
 from detr_family.checkpoint import DETRCheckpointer
+from detr_family.checkpoint.releases import released_name
 from detr_family.config import load_config
-from detr_family.datasets import objects365
+from detr_family.data.datasets import objects365
 from detr_family.layers.checkpointing import backbone_blocks, checkpoint_activations
-from detr_family.released_names import released_name
 
-swin = pytest.importorskip("detr_family.swin", exc_type=ImportError, reason="this Detectron2 has no SwinTransformer")
+swin = pytest.importorskip(
+    "detr_family.modeling.backbone.swin", exc_type=ImportError, reason="this Detectron2 has no SwinTransformer"
+)
 SIZES, Swin = swin.SIZES, swin.Swin
 
 
@@ -134,7 +136,7 @@ def test_settings_that_cannot_be_are_named(cfg: CfgNode, keys: dict[str, Any], m
 
 
 def test_a_detectron2_without_swin_is_told_what_to_install(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "detr_family.swin", raising=False)
+    monkeypatch.delitem(sys.modules, "detr_family.modeling.backbone.swin", raising=False)
     monkeypatch.setitem(sys.modules, "detectron2.modeling.backbone.swin", None)
     with pytest.raises(ImportError, match=r"no SwinTransformer.*tools/install_detectron2\.py"):
         build(cfg)
@@ -303,7 +305,7 @@ def test_dino_sees_its_stages_and_a_release_fills_both(tmp_path: Path) -> None:
     assert all(torch.equal(v, before[k] + 1) for k, v in model.state_dict().items())
 
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def config(name: str) -> CfgNode:

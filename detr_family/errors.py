@@ -1,15 +1,10 @@
-"""What the commands share."""
+"""Errors that are the user's: a command ends with their message alone."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from opcode import opmap
-from types import ModuleType
 
 
 class UserError(Exception):
@@ -49,26 +44,3 @@ def message_of(error: UserError) -> str:
     if text.startswith("Caught ") and "\nOriginal Traceback" in text:  # torch's, for an error in another process
         text = text.rstrip().rsplit(f"{type(error).__qualname__}: ", 1)[-1]
     return text
-
-
-def add_import(parser: argparse.ArgumentParser) -> None:
-    """The option `--import MODULE`, for detectors and keys that are not this package's, as projects.deformable has.
-
-    The modules are imported while the command line is parsed, also from the folder that the command is run in.
-    """
-    parser.add_argument(
-        "--import",
-        type=_import,
-        action="append",
-        metavar="MODULE",
-        help="import this first: it registers detectors of one's own, as projects.deformable does",
-    )
-
-
-def _import(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:  # a script in tools/ has only its own folder there
-        sys.path.append(os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise argparse.ArgumentTypeError(f"{name} cannot be imported: {error}") from error

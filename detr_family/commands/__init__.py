@@ -1,0 +1,1 @@
+"""What demo.py and the scripts in tools/ run."""

@@ -1,0 +1,182 @@
+"""From config file and command line to a checked configuration, and what follows from one."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.utils.file_io import PathManager
+from yaml import YAMLError
+
+from detr_family.config.defaults import add_detr_family_config
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Detectron2's defaults and detr_family's, a config file over them, and KEY VALUE pairs over that.
+
+    Where MODEL.DEVICE asks for CUDA and there is none it becomes "cpu", with a warning.
+
+    Args:
+        config_file: a YAML file; empty for the defaults alone.
+        opts: keys and values in turn, as on a command line. A whole number is taken where a key is a float.
+
+    Raises:
+        FileNotFoundError: there is no such file; similar ones in its folder are named.
+        ValueError: a file that is no YAML, a key that does not exist (similar ones are named), a value of the wrong
+            type, a key without a value, a detector or backbone that is not registered.
+    """
+    cfg = get_cfg()
+    add_detr_family_config(cfg)
+    try:
+        if config_file:
+            if not PathManager.isfile(config_file):
+                hint = _similar(config_file, _configs(config_file))
+                raise FileNotFoundError(f"there is no config file {config_file!r}{hint}")
+            cfg.merge_from_file(config_file)
+        if len(opts) % 2:
+            raise ValueError(f"{opts[-1]!r} on the command line has no value: give KEY VALUE pairs")
+        for key, value in zip(opts[::2], opts[1::2], strict=True):
+            cfg.merge_from_list([key, _as_float(cfg, key, value)])
+    except (KeyError, AssertionError) as error:  # yacs says which key, and asserts on those of opts
+        text = str(error.args[0]) if error.args else str(error)
+        wrong = text.rsplit(": ", 1)[-1] if "key" in text.lower() else text
+        raise ValueError(f"{text}{_similar(wrong, _keys(cfg))}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"the config file {config_file} is no YAML: {' '.join(str(error).split())}") from error
+    for key, registry in (("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY), ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY)):
+        name, known = _value(cfg, key), [name for name, _ in registry]
+        if name not in known:
+            raise ValueError(f"{key} is {name!r}, which is not registered{_similar(str(name), known)}")
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("No CUDA device is to be had: MODEL.DEVICE is cpu.")
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def _similar(wrong: str, known: Iterable[str]) -> str:
+    """A hint for the end of a message, or nothing."""
+    similar = difflib.get_close_matches(wrong, list(known), n=3)
+    return f"; similar: {', '.join(similar)}" if similar else ""
+
+
+def _configs(path: str) -> list[str]:
+    """The config files in the folder of one that is not there."""
+    return [str(other) for other in Path(path).parent.glob("*.y*ml")]
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _as_float(cfg: CfgNode, key: str, value: str) -> str:
+    """`value`, with a decimal point where the key is a float and the value a whole number."""
+    node = cfg
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, CfgNode) else None
+    return f"{value}.0" if isinstance(node, float) and value.lstrip("+-").isdigit() else value
+
+
+def class_names(cfg: CfgNode) -> list[str] | None:
+    """Names of the classes, as the metadata of the first training set says, else that of the first test set.
+
+    Returns:
+        The names in contiguous order, or None where there is no data set or it has no names.
+
+    Raises:
+        ValueError: no data set can be asked: none is registered, or their annotation files cannot be read.
+    """
+    errors = []
+    asked = (*cfg.DATASETS.TRAIN[:1], *cfg.DATASETS.TEST[:1])
+    for name in asked:
+        if name not in DatasetCatalog.list():
+            errors.append(
+                ValueError(
+                    f"data set {name!r} is not registered: name it in DATASETS.COCO_FORMAT with its annotation file "
+                    "and picture folder, or correct DATASETS.TRAIN / DATASETS.TEST"
+                )
+            )
+            continue
+        try:
+            if not hasattr(MetadataCatalog.get(name), "thing_classes"):
+                DatasetCatalog.get(name)  # Detectron2's own COCO loader sets the names while loading
+            names = MetadataCatalog.get(name).get("thing_classes", None)
+        except ValueError as error:  # evaluation alone does not need the training set's file
+            errors.append(error)
+            continue
+        if names is not None:
+            return list(names)
+    if errors and len(errors) == len(asked):
+        raise errors[0]
+    return None
+
+
+def num_classes(cfg: CfgNode) -> int:
+    """MODEL.DETR.NUM_CLASSES, or where that is -1 the number of classes that the data set's metadata names.
+
+    Raises:
+        ValueError: neither the key nor a data set tells, or the key is 0 or below -1.
+    """
+    if cfg.MODEL.DETR.NUM_CLASSES != -1:
+        if cfg.MODEL.DETR.NUM_CLASSES < 1:
+            raise ValueError(f"MODEL.DETR.NUM_CLASSES is {cfg.MODEL.DETR.NUM_CLASSES}; it must be positive, or -1")
+        return cfg.MODEL.DETR.NUM_CLASSES
+    names = class_names(cfg)
+    if names is None:
+        raise ValueError(
+            "MODEL.DETR.NUM_CLASSES is -1 and no data set in DATASETS.TRAIN or DATASETS.TEST names its classes: "
+            "set one of the two"
+        )
+    return len(names)
+
+
+def check_class_count(cfg: CfgNode) -> None:
+    """Compare MODEL.DETR.NUM_CLASSES with the data set's metadata.
+
+    Raises:
+        ValueError: they disagree; the message has the data set's contiguous ids and names.
+    """
+    names = class_names(cfg)
+    count = num_classes(cfg)
+    if names is not None and len(names) != count:
+        listing = ", ".join(f"{i}: {name}" for i, name in enumerate(names))
+        raise ValueError(
+            f"MODEL.DETR.NUM_CLASSES is {count}, but {(cfg.DATASETS.TRAIN or cfg.DATASETS.TEST)[0]} has "
+            f"{len(names)} classes ({listing}): set it to {len(names)}, or to -1"
+        )
+
+
+def departures(cfg: CfgNode, config_file: str) -> list[str]:
+    """Where a configuration's SOLVER is not that of its config file, the recipe: "KEY is ... (recipe: ...)" each.
+
+    What a recipe leaves open is no departure: how its batch is split (ACCUMULATION_STEPS), averaging, precision, and
+    what to do with checkpoints.
+    """
+    recipe = load_config(config_file) if config_file else None
+    if recipe is None:
+        return []
+    free = ("SOLVER.ACCUMULATION_STEPS", "SOLVER.EMA", "SOLVER.AMP", "SOLVER.CHECKPOINT", "SOLVER.NONFINITE")
+    found = []
+    for key in _keys(cfg):
+        if key.startswith("SOLVER.") and not key.startswith(free):
+            ours, theirs = (_value(node, key) for node in (cfg, recipe))
+            if ours != theirs:
+                found.append(f"{key} is {ours} (recipe: {theirs})")
+    return found
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    node: Any = cfg
+    for part in key.split("."):
+        node = node[part]
+    return node
