@@ -11,7 +11,7 @@ SETUP = "$(PYTHON)" tools/setup_env.py $(if $(EXTRAS),--extras "$(EXTRAS)") $(if
 .PHONY: help setup quickstart test lint figures
 
 help:
-	@echo "make quickstart   train a small detector on generated pictures, evaluate it, draw its predictions"
+	@echo "make quickstart   train a small detector on generated images, evaluate it, draw its predictions"
 	@echo "make test         run the default test suite          (ARGS='-k matcher' passes options to pytest)"
 	@echo "make lint         ruff and mypy"
 	@echo "make figures      draw the docs' figures anew, training a small detector for them (minutes)"

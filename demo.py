@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Finds objects in pictures and videos with a trained detector.
+"""Finds objects in images and videos with a trained detector.
 
-python demo.py --config-file output/cells/config.yaml --weights output/cells/model_final.pth --input pictures/ clip.mp4
+python demo.py --config-file output/cells/config.yaml --weights output/cells/model_final.pth --input images/ clip.mp4
 """
 
 import sys

@@ -27,7 +27,7 @@ from detr_family.errors import mistakes
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The configuration of config file and command line, with its data sets registered."""
+    """The configuration of config file and command line, with its datasets registered."""
     cfg = load_config(args.config_file, args.opts)
     register_datasets(cfg)
     cfg.SEED = run_seed(cfg.SEED)

@@ -24,7 +24,7 @@ FOLDER = SHARED / "golden"
 
 
 def recipe() -> ModuleType:
-    """The module that makes weights and pictures from names; skips where the folder is missing."""
+    """The module that makes weights and images from names; skips where the folder is missing."""
     if not (FOLDER / "golden.py").is_file():
         pytest.skip(f"no golden outputs in {FOLDER} (set DETR_FAMILY_SHARED to the folder that holds golden/)")
     spec = importlib.util.spec_from_file_location("golden_recipe", FOLDER / "golden.py")
@@ -64,7 +64,7 @@ def fill(model: nn.Module, golden: SimpleNamespace, path: Path) -> nn.Module:
 
 
 def batch(num_classes: int = 80) -> list[dict[str, Any]]:
-    """The two pictures with their ground truth."""
+    """The two images with their ground truth."""
     module = recipe()
     inputs = []
     for key, height, width, count in module.IMAGES:

@@ -1,4 +1,4 @@
-"""A small COCO-format data set, with whatever fault a test wants in it."""
+"""A small COCO-format dataset, with whatever fault a test wants in it."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-# Ids with holes, not in order; two pictures with objects, one without.
+# Ids with holes, not in order; two images with objects, one without.
 CATEGORIES = [{"id": 7, "name": "red"}, {"id": 3, "name": "white"}, {"id": 100, "name": "platelet"}]
 IMAGES = [
     {"id": 21, "file_name": "b.png", "width": 50, "height": 40},
@@ -31,7 +31,7 @@ def write(folder, changes=None, name="train.json", without=()):
 
 @pytest.fixture
 def coco_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder with the pictures of IMAGES; data sets registered in the test are forgotten after it."""
+    """A folder with the images of IMAGES; datasets registered in the test are forgotten after it."""
     for image in IMAGES:
         Image.new("RGB", (image["width"], image["height"])).save(tmp_path / image["file_name"])
     known = set(DatasetCatalog.list())

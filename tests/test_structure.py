@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,30 @@ def test_no_import_runs_in_a_circle() -> None:
 
     for module in MODULES:
         follow(module, ())
+
+
+_IMPORT_EACH = """
+import importlib, os, sys, traceback
+import detectron2.engine, detectron2.evaluation, matplotlib.pyplot, scipy.optimize, torch.utils.benchmark, torchvision
+import detr_family  # runs before any of its modules in any case
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{name} cannot be imported first")
+"""
+
+
+def test_every_module_can_be_the_first_to_be_imported() -> None:
+    names = ["detr_family." + module for module in MODULES if module and not module.endswith("__main__")]
+    run = subprocess.run([sys.executable, "-c", _IMPORT_EACH, *names], cwd=ROOT, capture_output=True, text=True)
+    assert not run.returncode, run.stderr[-2000:]
 
 
 def test_the_package_does_not_know_its_projects() -> None:

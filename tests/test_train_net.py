@@ -25,8 +25,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Command-line options that name a small data set and a tiny detector."""
-    # Of one size: what a convolution sees of the padding depends on what a picture is batched with.
+    """Command-line options that name a small dataset and a tiny detector."""
+    # Of one size: what a convolution sees of the padding depends on what an image is batched with.
     entries = write_shapes(str(tmp_path_factory.mktemp("shapes")), 24, 8, size=(96, 96))
     return [
         *("DATASETS.COCO_FORMAT", repr([list(entry) for entry in entries])),
@@ -139,7 +139,7 @@ def test_the_averaged_weights_are_evaluated_and_the_recipe_departed_from_is_told
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_becomes_unreadable_stops_the_run_which_can_be_resumed(
+def test_a_image_that_becomes_unreadable_stops_the_run_which_can_be_resumed(
     data: list[str], tmp_path: Path, workers: int
 ) -> None:
     entries = [
@@ -148,15 +148,15 @@ def test_a_picture_that_becomes_unreadable_stops_the_run_which_can_be_resumed(
     options = [*data, "OUTPUT_DIR", str(tmp_path / "run"), "DATASETS.TEST", "()"]
     options += ["DATASETS.COCO_FORMAT", repr(entries), "DATALOADER.NUM_WORKERS", str(workers)]
     assert train_net(*options, "SOLVER.MAX_ITER", "3").returncode == 0
-    picture = sorted(Path(entries[0][2]).glob("*.png"))[5]
-    whole = picture.read_bytes()
-    picture.write_bytes(whole[:-100])
+    image = sorted(Path(entries[0][2]).glob("*.png"))[5]
+    whole = image.read_bytes()
+    image.write_bytes(whole[:-100])
     run = train_net("--resume", *options, "SOLVER.MAX_ITER", "9")
     assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr, run.stderr[-2000:]
     last = run.stderr.splitlines()[-1]
-    assert last.startswith(f"train_net: The picture {picture} cannot be read") and "Restore the file" in last
-    assert str(picture) in (tmp_path / "run" / "log.txt").read_text()
-    picture.write_bytes(whole)
+    assert last.startswith(f"train_net: The image {image} cannot be read") and "Restore the file" in last
+    assert str(image) in (tmp_path / "run" / "log.txt").read_text()
+    image.write_bytes(whole)
     run = train_net("--resume", *options, "SOLVER.MAX_ITER", "9")
     started = re.search(r"Starting training from iteration (\d+)", run.stdout)
     assert run.returncode == 0 and started and int(started[1]) in (3, 6), run.stderr[-2000:]  # the last checkpoint

@@ -116,8 +116,8 @@ def quiet(name: str) -> SetDetector:
     return build_model(cfg)
 
 
-def picture(height: int, width: int, boxes: int, seed: int, num_classes: int = NUM_CLASSES) -> dict[str, Any]:
-    """A picture of noise with `boxes` boxes, as Detectron2's mappers give it."""
+def image(height: int, width: int, boxes: int, seed: int, num_classes: int = NUM_CLASSES) -> dict[str, Any]:
+    """An image of noise with `boxes` boxes, as Detectron2's mappers give it."""
     g = torch.Generator().manual_seed(seed)
     size = torch.tensor([width, height], dtype=torch.float32)
     centre = (0.3 + 0.4 * torch.rand(boxes, 2, generator=g)) * size
@@ -135,6 +135,6 @@ def picture(height: int, width: int, boxes: int, seed: int, num_classes: int = N
 
 
 def batch(counts: tuple[int, ...] = (3, 2)) -> list[dict[str, Any]]:
-    """Pictures of two sizes with that many boxes each."""
+    """Images of two sizes with that many boxes each."""
     sizes = ((64, 96), (80, 48))
-    return [picture(*sizes[i % 2], n, seed=i) for i, n in enumerate(counts)]
+    return [image(*sizes[i % 2], n, seed=i) for i, n in enumerate(counts)]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Checks data sets in COCO format, and draws them as training will see them.
+"""Checks datasets in COCO format, and draws them as training will see them.
 
 python tools/check_dataset.py --train train.json images --val val.json images --sheet sheet.png
 python tools/check_dataset.py --config-file configs/my_cells.yaml

@@ -2,7 +2,7 @@
 
 Figures that need no training take seconds. For the others a small detector is trained first (projects/convergence/
 figures.yaml: minutes on one core; kept in the output folder, so only once), and those of the whole story are taken from
-the runs of projects/convergence/run.py where they are there. The same seed gives the same pictures.
+the runs of projects/convergence/run.py where they are there. The same seed gives the same images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from detr_family.analysis.runs import Job, data_opts, find_train_net, jobs_of, r
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = ROOT / "projects" / "convergence"
 CONFIGS = PROJECT / "configs"
-MOST_BYTES = 150_000  # of a picture in the docs
+MOST_BYTES = 150_000  # of an image in the docs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("output/figures"), help="folder for models and full results"
     )
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "figures", help="where the docs' pictures go")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "figures", help="where the docs' images go")
     parser.add_argument("--story", type=Path, default=Path("output/convergence"), help="runs of projects/convergence")
     parser.add_argument("--untrained-only", action="store_true", help="only the figures that need no training")
     args = parser.parse_args(arguments)
@@ -80,7 +80,7 @@ def of_the_story(output: Path, story: Path) -> list[Path]:
     runs = [part for name, folder in folders.items() for part in ("--run", name, str(folder))]
     written = analysis(["convergence", *runs, "--output", str(output)])
     written += analysis(["matching", *runs, "--output", str(output)])
-    # Each run's own configuration: it has its data set and whatever it was trained with.
+    # Each run's own configuration: it has its dataset and whatever it was trained with.
     models = {n: ["--model", str(f / "config.yaml"), str(f / "model_final.pth")] for n, f in folders.items()}
     dense = [part for name in ("DETR", "Conditional DETR", "DAB-DETR") for part in models[name]]
     written += analysis(["positional", *dense, "--output", str(output)])
@@ -102,8 +102,8 @@ def copy(written: Sequence[Path], docs: Path) -> None:
     docs.mkdir(parents=True, exist_ok=True)
     for path in (p for p in written if p.suffix == ".png"):
         target = docs / path.name
-        with Image.open(path) as picture:
-            picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        with Image.open(path) as image:
+            image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
                 target, optimize=True
             )
         if target.stat().st_size > MOST_BYTES:

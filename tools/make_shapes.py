@@ -1,4 +1,4 @@
-"""Writes the generated shapes data set: python tools/make_shapes.py FOLDER."""
+"""Writes the generated shapes dataset: python tools/make_shapes.py FOLDER."""
 
 import argparse
 
@@ -6,11 +6,11 @@ from detr_family.data.datasets.shapes import write_shapes
 
 
 def main() -> None:
-    """Parses the command line and writes the data set."""
+    """Parses the command line and writes the dataset."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
-    parser.add_argument("--train", type=int, default=1000, help="pictures to train on")
-    parser.add_argument("--val", type=int, default=200, help="pictures to evaluate on")
+    parser.add_argument("--train", type=int, default=1000, help="images to train on")
+    parser.add_argument("--val", type=int, default=200, help="images to evaluate on")
     parser.add_argument(
         "--size", type=int, nargs=2, default=(96, 112), help="least and greatest side in pixels"
     )

@@ -23,8 +23,8 @@ def main() -> None:
         sys.exit("quickstart: interrupted; run it again to start anew")
     except (OSError, ValueError) as error:
         sys.exit(f"quickstart: {error}")
-    print(f"AP {ap:.1f}, AP50 {ap50:.1f} on the validation pictures")
-    print(f"Predictions beside ground truth (pictures/), report.html, log and weights: {args.output.resolve()}")
+    print(f"AP {ap:.1f}, AP50 {ap50:.1f} on the validation images")
+    print(f"Predictions beside ground truth (images/), report.html, log and weights: {args.output.resolve()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a list of settings on one data set with the same seeds, and print the table with differences.
+"""Train a list of settings on one dataset with the same seeds, and print the table with differences.
 
 The list is a YAML file (see `detr_family.analysis.runs`); projects/ablations has DETR's encodings and losses and DINO's
 rows. Called again, it goes on where it was left. KEY VALUE pairs hold for all rows, DATASETS.TRAIN for one.

@@ -24,8 +24,8 @@ from detr_family.analysis import command_line, style
 from detr_family.analysis.attention_weights import CROSS, ENCODER, DenseCall, SamplingCall, watch, watch_outputs
 from detr_family.analysis.loading import (
     Detections,
-    Picture,
-    choose_picture,
+    Image,
+    choose_image,
     detections,
     encoding_of,
     load_cfg,
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score", type=float, default=0.5, help="objects that score at least this are drawn (0.5)")
     parser.add_argument("--objects", type=int, default=6, help="at most so many objects, the best ones (6)")
     command_line.add_output(parser)
-    command_line.add_model(parser, one_picture=True)
+    command_line.add_model(parser, one_image=True)
 
 
 def run(args: argparse.Namespace) -> list[Path]:
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> list[Path]:
     points = [_point(text) for text in args.points]
     cfg = load_cfg(args.config_file, args.opts)
     model = load_detector(cfg, args.untrained)
-    picture = choose_picture(cfg, args.image, args.index)
-    looks, found = looks_of(model, picture, args.layer)
+    image = choose_image(cfg, args.image, args.index)
+    looks, found = looks_of(model, image, args.layer)
     shown = found.once_per_query().above(args.score, args.objects)
     points = points or [(float(x), float(y)) for x, y, _, _ in shown.boxes_cxcywh[:_MOST_POINTS]] or [(0.5, 0.5)]
     name, names = title_of(model), names_of_classes(cfg)
@@ -71,13 +71,13 @@ def run(args: argparse.Namespace) -> list[Path]:
         print(f"nothing scores {args.score} or more, the best {float(found.scores[0]):.2g}: lower --score to see where")
     written = []
     if looks.encoder is not None:
-        written += style.save_figure(draw_encoder(picture, looks, points, name), args.output, "attention_encoder")
+        written += style.save_figure(draw_encoder(image, looks, points, name), args.output, "attention_encoder")
     else:
         print(f"{name} as configured has no encoder layer: only the decoder is drawn")
-    written += style.save_figure(draw_decoder(picture, looks, shown, names, name), args.output, "attention_decoder")
+    written += style.save_figure(draw_decoder(image, looks, shown, names, name), args.output, "attention_decoder")
     numbers = {
-        "picture": picture.name,
-        "size": list(picture.image.shape[:2]),
+        "picture": image.name,
+        "size": list(image.image.shape[:2]),
         "detector": name,
         "encoder": [] if looks.encoder is None else [numbers_of(looks, looks.encoder, looks.token(p)) for p in points],
         "points": points,
@@ -100,18 +100,18 @@ def _point(text: str) -> tuple[float, float]:
     except ValueError as error:
         raise ValueError(f"--point {text!r} is no x,y") from error
     if not (0 <= x <= 1 and 0 <= y <= 1):
-        raise ValueError(f"--point {text!r} lies outside of the picture: shares of width and height are in [0, 1]")
+        raise ValueError(f"--point {text!r} lies outside of the image: shares of width and height are in [0, 1]")
     return x, y
 
 
 @dataclass
 class Looks:
-    """What one encoder and one decoder layer look at in one picture.
+    """What one encoder and one decoder layer look at in one image.
 
     Attributes:
         encoder: the encoder's self-attention; None where there is no encoder.
         cross: the decoder's cross-attention.
-        grids: (height, width) of each feature level in tokens, and how many pixels of the picture a token stands for
+        grids: (height, width) of each feature level in tokens, and how many pixels of the image a token stands for
             down and across.
     """
 
@@ -121,28 +121,28 @@ class Looks:
     size: tuple[int, int]
 
     def token(self, point: tuple[float, float]) -> int:
-        """The token of the finest level that lies under a point of the picture (shares of width and height)."""
+        """The token of the finest level that lies under a point of the image (shares of width and height)."""
         height, width, down, across = self.grids[0]
         row = min(int(point[1] * self.size[0] / down), height - 1)
         column = min(int(point[0] * self.size[1] / across), width - 1)
         return row * width + column
 
 
-def looks_of(model: SetDetector, picture: Picture, layer: int = -1) -> tuple[Looks, Detections]:
-    """Predict one picture and note where the model looks.
+def looks_of(model: SetDetector, image: Image, layer: int = -1) -> tuple[Looks, Detections]:
+    """Predict one image and note where the model looks.
 
     Args:
         model: in evaluation mode.
-        picture: what to predict.
+        image: what to predict.
         layer: of encoder and decoder, from 0; negative counts from the end.
 
     Raises:
         ValueError: there is no such layer.
     """
-    images = model.preprocess_image([picture.inputs])
+    images = model.preprocess_image([image.inputs])
     height, width = images.tensor.shape[-2:]
     with watch(model, f"{ENCODER}|{CROSS}") as calls, watch_outputs(encoding_of(model)) as positions:
-        prediction = predict(model, picture)
+        prediction = predict(model, image)
     encoder = [call for call in calls if "encoder." in call.name]
     cross = [call for call in calls if "decoder." in call.name]
     for what, known in (("encoder", encoder), ("decoder", cross)):
@@ -151,7 +151,7 @@ def looks_of(model: SetDetector, picture: Picture, layer: int = -1) -> tuple[Loo
     look = cross[layer]
     shapes = look.spatial_shapes if isinstance(look, SamplingCall) else [tuple(positions[0].shape[1:3])]
     grids = [(h, w, _pixels(height, h), _pixels(width, w)) for h, w in shapes]
-    looks = Looks(encoder[layer] if encoder else None, look, grids, picture.image.shape[:2])
+    looks = Looks(encoder[layer] if encoder else None, look, grids, image.image.shape[:2])
     return looks, detections(model, prediction)
 
 
@@ -221,19 +221,19 @@ def _level_legend(figure: Figure, looks: Looks, call: DenseCall | SamplingCall) 
         figure.legend(handles=handles, title="feature level", loc="outside lower center", ncols=5, frameon=False)
 
 
-def draw_encoder(picture: Picture, looks: Looks, points: Sequence[tuple[float, float]], name: str) -> Figure:
-    """The picture with the points, and beside it what the encoder looks at from each."""
+def draw_encoder(image: Image, looks: Looks, points: Sequence[tuple[float, float]], name: str) -> Figure:
+    """The image with the points, and beside it what the encoder looks at from each."""
     assert looks.encoder is not None
     height, width = looks.size
     columns = len(points) + 1
     figure = style.new_figure(2.3 * columns, 2.2 * height / width + 0.9)
     grid = style.subplots(figure, 1, columns)[0]
-    style.show_picture(grid[0], picture.image, "chosen points")
+    style.show_image(grid[0], image.image, "chosen points")
     for i, (x, y) in enumerate(points):
         colour = style.COLOURS[i % len(style.COLOURS)]
         for axes in (grid[0], grid[i + 1]):
             if axes is not grid[0]:
-                style.show_picture(axes, _pale(picture.image), f"from point {i + 1}")
+                style.show_image(axes, _pale(image.image), f"from point {i + 1}")
                 _lay_over(axes, looks, looks.encoder, looks.token((x, y)), colour)
             axes.plot(x * width, y * height, "o", color=colour, markeredgecolor="white", markersize=8)
         grid[0].annotate(
@@ -250,28 +250,28 @@ def draw_encoder(picture: Picture, looks: Looks, points: Sequence[tuple[float, f
     return figure
 
 
-def draw_decoder(picture: Picture, looks: Looks, shown: Detections, class_names: Sequence[str], name: str) -> Figure:
-    """One picture for each object found, with its box and what its query looks at."""
+def draw_decoder(image: Image, looks: Looks, shown: Detections, class_names: Sequence[str], name: str) -> Figure:
+    """One image for each object found, with its box and what its query looks at."""
     height, width = looks.size
     count = max(len(shown), 1)
     columns = min(count, 3)
     rows = math.ceil(count / columns)
     figure = style.new_figure(max(2.6 * columns, 4.6), rows * (2.4 * height / width + 0.25) + 0.7)
     grid = style.subplots(figure, rows, columns)
-    boxes = picture.in_pixels(shown.boxes_cxcywh)
+    boxes = image.in_pixels(shown.boxes_cxcywh)
     for i, axes in enumerate(grid.flat):
         if i >= len(shown):
             axes.set_visible(False)
             continue
         colour = style.COLOURS[i % len(style.COLOURS)]
-        style.show_picture(axes, _pale(picture.image))
+        style.show_image(axes, _pale(image.image))
         _lay_over(axes, looks, looks.cross, int(shown.queries[i]), colour)
         style.draw_box(axes, boxes[i], colour)
         found = f"{class_names[int(shown.classes[i])]} {float(shown.scores[i]):.2f}"
         axes.set_title(f"{found}, query {int(shown.queries[i])}", color=colour)
     if not len(shown):
         grid[0, 0].set_visible(True)
-        style.show_picture(grid[0, 0], picture.image, "no object scores enough: see --score")
+        style.show_image(grid[0, 0], image.image, "no object scores enough: see --score")
     what = "cross-attention" if isinstance(looks.cross, DenseCall) else "sampling points"
     figure.suptitle(f"{name}, {looks.cross.name}: {what}, all heads together", fontsize=9)
     _level_legend(figure, looks, looks.cross)

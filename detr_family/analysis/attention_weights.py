@@ -6,7 +6,7 @@ softmax(q k^T / sqrt(d)) of each head (DETR, appendix A.1), or sampling points a
 equation 3). Outside of the context there are no hooks. That the weights are the layer's is testable: `output` computes
 what the layer returns from them.
 
-Letters: B pictures, M heads, Q queries, S keys, D channels, L levels, P points.
+Letters: B images, M heads, Q queries, S keys, D channels, L levels, P points.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from detr_family.analysis.loading import data_sets_for_now
+from detr_family.analysis.loading import datasets_for_now
 from detr_family.analysis.style import house_style
 from detr_family.config.projects import add_import
 
@@ -25,15 +25,15 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("output/analysis"), help="folder for figures and numbers")
 
 
-def add_model(parser: argparse.ArgumentParser, one_picture: bool = False) -> None:
-    """What names one detector with its weights and data, and for some commands one picture."""
+def add_model(parser: argparse.ArgumentParser, one_image: bool = False) -> None:
+    """What names one detector with its weights and data, and for some commands one image."""
     parser.add_argument("--config-file", required=True, metavar="FILE", help="configuration of the detector")
     parser.add_argument(
         "--untrained", action="store_true", help="weights as they are initialised from SEED, in place of MODEL.WEIGHTS"
     )
-    if one_picture:
-        parser.add_argument("--image", default="", metavar="FILE", help="a picture; by default one of DATASETS.TEST")
-        parser.add_argument("--index", type=int, default=-1, help="which picture of DATASETS.TEST, from 0")
+    if one_image:
+        parser.add_argument("--image", default="", metavar="FILE", help="an image; by default one of DATASETS.TEST")
+        parser.add_argument("--index", type=int, default=-1, help="which image of DATASETS.TEST, from 0")
     add_opts(parser)
 
 
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        with house_style(), data_sets_for_now():
+        with house_style(), datasets_for_now():
             written: list[Path] = args.run(args)
     except (OSError, ValueError) as error:
         sys.exit(f"{args.command}: {error}")

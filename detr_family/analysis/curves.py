@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from detr_family.analysis import style
-from detr_family.analysis.loading import data_sets_for_now, quiet
+from detr_family.analysis.loading import datasets_for_now, quiet
 from detr_family.config import load_config
 from detr_family.data.datasets.coco import register_datasets, training_dicts
 from detr_family.visualization.draw import read_metrics
@@ -90,7 +90,7 @@ def epoch_length(folder: str) -> float:
     if not path.is_file():
         return 0.0
     try:
-        with quiet("detectron2", "detr_family"), data_sets_for_now():
+        with quiet("detectron2", "detr_family"), datasets_for_now():
             cfg = load_config(str(path))
             register_datasets(cfg)
             return float(max(len(training_dicts(cfg)) // cfg.SOLVER.IMS_PER_BATCH, 1))

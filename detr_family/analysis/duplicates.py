@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from detr_family.analysis import command_line, style
 from detr_family.analysis.loading import (
-    data_set,
+    dataset,
     detections,
     load_cfg,
     load_detector,
-    map_picture,
+    map_image,
     predict,
     title_of,
 )
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score", type=float, default=0.3, help="detections that score at least this count (0.3)")
     parser.add_argument("--iou", type=float, default=0.5, help="for an object that they overlap by this (0.5)")
     parser.add_argument("--near-iou", type=float, default=0.7, help="least overlap of a near-duplicate (0.7)")
-    parser.add_argument("--limit", type=int, default=0, help="count over the first so many pictures")
+    parser.add_argument("--limit", type=int, default=0, help="count over the first so many images")
     command_line.add_output(parser)
     command_line.add_opts(parser)
 
@@ -78,11 +78,11 @@ def names_of_runs(weights: Sequence[str]) -> list[str]:
 
 @dataclass
 class Counts:
-    """What was counted over a data set.
+    """What was counted over a dataset.
 
     Attributes:
         per_object: (objects,) detections of each true object.
-        near_duplicates: in all pictures.
+        near_duplicates: in all images.
     """
 
     per_object: np.ndarray
@@ -90,7 +90,7 @@ class Counts:
 
 
 def near_duplicates(boxes: Tensor, classes: Tensor, iou: float) -> int:
-    """Detections of a picture that one of the same class before them overlaps.
+    """Detections of an image that one of the same class before them overlaps.
 
     Args:
         boxes: (k, 4) as corners, best first.
@@ -109,34 +109,34 @@ def count(
     A detection counts for the object of its class that it overlaps most, if it does so by `iou` and scores `score`.
 
     Args:
-        cfg: with the data set registered.
+        cfg: with the dataset registered.
         model: in evaluation mode.
         score: least score of a detection.
         iou: least IoU with the object.
         near_iou: least IoU of a near-duplicate with a better detection.
-        limit: only the first so many pictures; 0 for all.
+        limit: only the first so many images; 0 for all.
 
     Raises:
         ValueError: there is no object.
     """
     mapper = DETRDatasetMapper(cfg, is_train=False)
     counts, near = [], 0
-    for record in tqdm(data_set(cfg, limit), desc="pictures", disable=None):
-        picture = map_picture(cfg, mapper, record)
-        found = detections(model, predict(model, picture)).above(score, model.topk)
-        boxes = torch.as_tensor(picture.in_pixels(found.boxes_cxcywh))
+    for record in tqdm(dataset(cfg, limit), desc="images", disable=None):
+        image = map_image(cfg, mapper, record)
+        found = detections(model, predict(model, image)).above(score, model.topk)
+        boxes = torch.as_tensor(image.in_pixels(found.boxes_cxcywh))
         near += near_duplicates(boxes, found.classes, near_iou)
-        truth = torch.as_tensor(picture.truth_xyxy, dtype=torch.float32).reshape(-1, 4)
+        truth = torch.as_tensor(image.truth_xyxy, dtype=torch.float32).reshape(-1, 4)
         overlap = box_iou(boxes, truth)  # k x T
-        overlap[found.classes[:, None] != picture.truth.gt_classes] = 0
-        of_picture = np.zeros(len(truth), int)
+        overlap[found.classes[:, None] != image.truth.gt_classes] = 0
+        of_image = np.zeros(len(truth), int)
         if len(truth) and len(found):
             best, which = overlap.max(1)
-            np.add.at(of_picture, which[best >= iou].numpy(), 1)
-        counts.append(of_picture)
+            np.add.at(of_image, which[best >= iou].numpy(), 1)
+        counts.append(of_image)
     joined = np.concatenate(counts)
     if not len(joined):
-        raise ValueError(f"{cfg.DATASETS.TEST[0]!r} has no object in the pictures looked at")
+        raise ValueError(f"{cfg.DATASETS.TEST[0]!r} has no object in the images looked at")
     return Counts(joined, near)
 
 

@@ -1,6 +1,6 @@
 """AP and AP50 after each decoder layer, with and without NMS (DETR, figure 4).
 
-Every picture of DATASETS.TEST[0] is predicted once; the set of each decoder layer is then evaluated as it is, and after
+Every image of DATASETS.TEST[0] is predicted once; the set of each decoder layer is then evaluated as it is, and after
 non-maximum suppression within each class.
 """
 
@@ -22,7 +22,7 @@ from torchvision.ops import batched_nms
 from tqdm import tqdm
 
 from detr_family.analysis import command_line, style
-from detr_family.analysis.loading import data_set, load_cfg, load_detector, quiet, title_of
+from detr_family.analysis.loading import dataset, load_cfg, load_detector, quiet, title_of
 from detr_family.data.dataset_mapper import DETRDatasetMapper
 from detr_family.evaluation.evaluator import build_evaluator
 from detr_family.modeling.postprocessing import to_instances
@@ -34,7 +34,7 @@ COLUMNS = ("layer", "nms", "AP", "AP50", "AP75", "APs", "APm", "APl")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See the module."""
     parser.add_argument("--nms", type=float, default=0.5, metavar="IOU", help="threshold of the suppression (0.5)")
-    parser.add_argument("--limit", type=int, default=0, help="only the first so many pictures are predicted")
+    parser.add_argument("--limit", type=int, default=0, help="only the first so many images are predicted")
     command_line.add_output(parser)
     command_line.add_model(parser)
 
@@ -60,22 +60,22 @@ def layer_ap(cfg: CfgNode, model: SetDetector, *, nms_iou: float, limit: int = 0
         cfg: with DATASETS.TEST registered.
         model: in evaluation mode.
         nms_iou: boxes of one class that overlap a better one by more than this IoU are suppressed.
-        limit: predict only the first so many pictures, all boxes of the others count as missed; 0 for all.
+        limit: predict only the first so many images, all boxes of the others count as missed; 0 for all.
 
     Returns:
         Two rows for each layer, first without NMS: see COLUMNS; AP in percent, None where it has no meaning.
 
     Raises:
-        ValueError: a threshold outside of [0, 1], or a data set without annotations.
+        ValueError: a threshold outside of [0, 1], or a dataset without annotations.
     """
     if not 0 <= nms_iou <= 1:
         raise ValueError(f"--nms {nms_iou} is no IoU: it must be in [0, 1]")
-    records = data_set(cfg, limit)
+    records = dataset(cfg, limit)
     if not any(record.get("annotations") for record in records):
         raise ValueError(f"{cfg.DATASETS.TEST[0]!r} has no annotations to compare with")
     mapper = DETRDatasetMapper(cfg, is_train=False)
     evaluators: dict[tuple[int, bool], DatasetEvaluator] = {}
-    for record in tqdm(records, desc="pictures", disable=None):
+    for record in tqdm(records, desc="images", disable=None):
         inputs = mapper(record)
         images = model.preprocess_image([inputs])
         prediction = model.predict(images)

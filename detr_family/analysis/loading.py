@@ -1,4 +1,4 @@
-"""Configuration, weights and pictures, as train_net.py takes them, for the commands that look at a model."""
+"""Configuration, weights and images, as train_net.py takes them, for the commands that look at a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from detr_family.modeling.structures import SetPrediction, Targets
 
 
 def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """The configuration of a file and KEY VALUE pairs, its data sets registered.
+    """The configuration of a file and KEY VALUE pairs, its datasets registered.
 
     Raises:
         FileNotFoundError, ValueError: see `detr_family.config.load_config` and `register_datasets`.
@@ -66,7 +66,7 @@ def load_detector(cfg: CfgNode, untrained: bool = False) -> SetDetector:
 
 
 @contextlib.contextmanager
-def data_sets_for_now() -> Iterator[None]:
+def datasets_for_now() -> Iterator[None]:
     """Forget afterwards what is registered inside: the next run may give the same names to other files."""
     known = set(DatasetCatalog.list())
     try:
@@ -110,7 +110,7 @@ def encoding_of(model: SetDetector) -> nn.Module:
 
 
 def names_of_classes(cfg: CfgNode) -> list[str]:
-    """Names of the classes; "class 0" and so on where no data set tells them."""
+    """Names of the classes; "class 0" and so on where no dataset tells them."""
     try:
         names = class_names(cfg)
     except ValueError:
@@ -118,7 +118,7 @@ def names_of_classes(cfg: CfgNode) -> list[str]:
     return names or [f"class {i}" for i in range(num_classes(cfg))]
 
 
-def data_set(cfg: CfgNode, limit: int = 0) -> list[dict[str, Any]]:
+def dataset(cfg: CfgNode, limit: int = 0) -> list[dict[str, Any]]:
     """Detectron2's dicts of DATASETS.TEST[0].
 
     Args:
@@ -126,27 +126,27 @@ def data_set(cfg: CfgNode, limit: int = 0) -> list[dict[str, Any]]:
         limit: the first so many; 0 for all.
 
     Raises:
-        ValueError: no data set, an unknown or an empty one, or its file cannot be read.
+        ValueError: no dataset, an unknown or an empty one, or its file cannot be read.
     """
     if not cfg.DATASETS.TEST:
-        raise ValueError("DATASETS.TEST is empty: name the data set to look at")
+        raise ValueError("DATASETS.TEST is empty: name the dataset to look at")
     name = cfg.DATASETS.TEST[0]
     if name not in DatasetCatalog:
         raise ValueError(
-            f"data set {name!r} is not registered: name it in DATASETS.COCO_FORMAT or correct DATASETS.TEST"
+            f"dataset {name!r} is not registered: name it in DATASETS.COCO_FORMAT or correct DATASETS.TEST"
         )
     try:
         records: list[dict[str, Any]] = DatasetCatalog.get(name)
     except FileNotFoundError as error:
-        raise ValueError(f"the data set {name!r} in DATASETS.TEST is not here ({error})") from error
+        raise ValueError(f"the dataset {name!r} in DATASETS.TEST is not here ({error})") from error
     if not records:
-        raise ValueError(f"the data set {name!r} in DATASETS.TEST has no pictures")
+        raise ValueError(f"the dataset {name!r} in DATASETS.TEST has no images")
     return records[:limit] if limit else records
 
 
 @dataclass
-class Picture:
-    """One picture as the model sees it.
+class Image:
+    """One image as the model sees it.
 
     Attributes:
         name: the file's name without its folder.
@@ -178,8 +178,8 @@ class Picture:
         return Targets.from_instances([self.truth], device)
 
 
-def map_picture(cfg: CfgNode, mapper: DETRDatasetMapper, record: dict[str, Any]) -> Picture:
-    """Read and resize one picture as evaluation does."""
+def map_image(cfg: CfgNode, mapper: DETRDatasetMapper, record: dict[str, Any]) -> Image:
+    """Read and resize one image as evaluation does."""
     inputs = mapper(record)
     pixels = inputs["image"].permute(1, 2, 0).numpy()
     if cfg.INPUT.FORMAT == "BGR":
@@ -189,56 +189,56 @@ def map_picture(cfg: CfgNode, mapper: DETRDatasetMapper, record: dict[str, Any])
         [{k: v for k, v in a.items() if k in ("bbox", "bbox_mode", "category_id")} for a in annotations],
         (inputs["height"], inputs["width"]),
     )
-    return Picture(os.path.basename(record["file_name"]), inputs, np.ascontiguousarray(pixels), truth)
+    return Image(os.path.basename(record["file_name"]), inputs, np.ascontiguousarray(pixels), truth)
 
 
-def choose_picture(cfg: CfgNode, image: str = "", index: int = -1, need_boxes: bool = False) -> Picture:
-    """The picture that a command draws.
+def choose_image(cfg: CfgNode, image: str = "", index: int = -1, need_boxes: bool = False) -> Image:
+    """The image that a command draws.
 
     Args:
         cfg: from `load_cfg`.
-        image: a picture file; its annotations are taken where DATASETS.TEST[0] has a picture of that name. Empty:
+        image: an image file; its annotations are taken where DATASETS.TEST[0] has an image of that name. Empty:
             take one of DATASETS.TEST[0].
-        index: which of the data set, from 0; negative: the first one with at least two boxes, else with one,
+        index: which of the dataset, from 0; negative: the first one with at least two boxes, else with one,
             else the first.
-        need_boxes: refuse a picture without boxes.
+        need_boxes: refuse an image without boxes.
 
     Raises:
-        ValueError: there is no such picture, or it has no boxes and needs them.
+        ValueError: there is no such image, or it has no boxes and needs them.
     """
     mapper = DETRDatasetMapper(cfg, is_train=False)
     if image and not os.path.isfile(image):
-        raise ValueError(f"there is no picture {image!r}")
+        raise ValueError(f"there is no image {image!r}")
     if image:
         try:
-            records = data_set(cfg)
-        except ValueError:  # a picture alone is enough
+            records = dataset(cfg)
+        except ValueError:  # an image alone is enough
             records = []
         known = [r for r in records if os.path.basename(r["file_name"]) == os.path.basename(image)]
         record = {**known[0], "file_name": image} if known else {"file_name": image}
     else:
-        records = data_set(cfg)
+        records = dataset(cfg)
         if index >= len(records):
-            raise ValueError(f"--index {index}: {cfg.DATASETS.TEST[0]!r} has {len(records)} pictures")
+            raise ValueError(f"--index {index}: {cfg.DATASETS.TEST[0]!r} has {len(records)} images")
         if index >= 0:
             record = records[index]
         else:
             record = max(records, key=lambda r: min(len(r.get("annotations", [])), 2))
-    picture = map_picture(cfg, mapper, record)
-    if need_boxes and not len(picture.truth):
-        raise ValueError(f"{picture.name} has no true boxes, and there is nothing to draw without: choose with --index")
-    return picture
+    chosen = map_image(cfg, mapper, record)
+    if need_boxes and not len(chosen.truth):
+        raise ValueError(f"{chosen.name} has no true boxes, and there is nothing to draw without: choose with --index")
+    return chosen
 
 
 @torch.no_grad()
-def predict(model: SetDetector, picture: Picture) -> SetPrediction:
-    """The sets of every decoder layer for one picture."""
-    return model.predict(model.preprocess_image([picture.inputs]))
+def predict(model: SetDetector, image: Image) -> SetPrediction:
+    """The sets of every decoder layer for one image."""
+    return model.predict(model.preprocess_image([image.inputs]))
 
 
 @dataclass
 class Detections:
-    """What a model finds in one picture, best first, and which query says so.
+    """What a model finds in one image, best first, and which query says so.
 
     Attributes:
         scores: (k,).
@@ -272,7 +272,7 @@ def detections(model: SetDetector, prediction: SetPrediction) -> Detections:
 
     Args:
         model: whose `select` and `topk` count.
-        prediction: of one picture.
+        prediction: of one image.
     """
     logits, boxes = prediction.logits, prediction.boxes
     # `select` gathers boxes by query: given each query's number in their place, it says which it took.

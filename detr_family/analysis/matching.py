@@ -1,7 +1,7 @@
-"""A bipartite matching worked through on one picture, and how unstable matching is over epochs (DN-DETR, figure 2).
+"""A bipartite matching worked through on one image, and how unstable matching is over epochs (DN-DETR, figure 2).
 
 With --config-file: the costs of every true box against the queries, in their weighted parts (class, L1, GIoU), the
-assignment of least total cost (DETR, section 3.1), and picture and boxes with it. With --run: the instability IS of one
+assignment of least total cost (DETR, section 3.1), and image and boxes with it. With --run: the instability IS of one
 or more runs against the epoch, from the `matching_instability` of their metrics.json.
 """
 
@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from detr_family.analysis import command_line, style
 from detr_family.analysis.curves import add_runs, draw_curves, read_runs
 from detr_family.analysis.loading import (
-    Picture,
-    choose_picture,
+    Image,
+    choose_image,
     load_cfg,
     load_detector,
     names_of_classes,
@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--untrained", action="store_true", help="weights as they are initialised from SEED, in place of MODEL.WEIGHTS"
     )
-    parser.add_argument("--image", default="", metavar="FILE", help="a picture; by default one of DATASETS.TEST")
-    parser.add_argument("--index", type=int, default=-1, help="which picture of DATASETS.TEST, from 0")
+    parser.add_argument("--image", default="", metavar="FILE", help="an image; by default one of DATASETS.TEST")
+    parser.add_argument("--index", type=int, default=-1, help="which image of DATASETS.TEST, from 0")
     add_runs(parser, required=False)
     command_line.add_output(parser)
     command_line.add_opts(parser)
@@ -52,19 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[Path]:
     """See the module."""
     if not args.config_file and not args.run_folders:
-        raise ValueError("give --config-file for the matching of a picture, or --run LABEL FOLDER for instability")
+        raise ValueError("give --config-file for the matching of an image, or --run LABEL FOLDER for instability")
     written: list[Path] = []
     if args.config_file:
         cfg = load_cfg(args.config_file, args.opts)
         model = load_detector(cfg, args.untrained)
-        picture = choose_picture(cfg, args.image, args.index, need_boxes=True)
-        matching = match(model, picture)
+        image = choose_image(cfg, args.image, args.index, need_boxes=True)
+        matching = match(model, image)
         names = names_of_classes(cfg)
-        written += style.save_figure(draw(picture, matching, names, title_of(model)), args.output, "matching")
-        written.append(style.save_json(numbers_of(picture, matching, names), args.output, "matching"))
+        written += style.save_figure(draw(image, matching, names, title_of(model)), args.output, "matching")
+        written.append(style.save_json(numbers_of(image, matching, names), args.output, "matching"))
     if args.run_folders:
         runs = read_runs(args.run_folders, KEY, args.iterations_per_epoch)
-        figure = draw_curves(runs, "instability IS (changed queries per picture)", "How unstable matching is")
+        figure = draw_curves(runs, "instability IS (changed queries per image)", "How unstable matching is")
         written += style.save_figure(figure, args.output, "instability")
         rows = [{"run": r.label, "epoch": x, "iteration": i, "IS": y} for r in runs for i, x, y in r.points]
         written.append(style.save_csv(rows, ("run", "epoch", "iteration", "IS"), args.output, "instability"))
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> list[Path]:
 
 @dataclass
 class Matching:
-    """One picture's matching of the last decoder layer.
+    """One image's matching of the last decoder layer.
 
     Attributes:
         parts: name -> (T, Q) weighted costs, which add up to `total`.
@@ -90,10 +90,10 @@ class Matching:
     prediction: SetPrediction
 
 
-def match(model: SetDetector, picture: Picture) -> Matching:
-    """Match what the last decoder layer predicts for a picture with its true boxes."""
-    prediction = predict(model, picture).layers(-1)
-    targets = picture.targets(prediction.logits.device)
+def match(model: SetDetector, image: Image) -> Matching:
+    """Match what the last decoder layer predicts for an image with its true boxes."""
+    prediction = predict(model, image).layers(-1)
+    targets = image.targets(prediction.logits.device)
     assignment = model.matcher(prediction, targets)
     query = np.full(len(targets), -1)
     query[assignment.target[0].cpu().numpy()] = assignment.query[0].cpu().numpy()
@@ -134,15 +134,15 @@ def shown_queries(matching: Matching) -> np.ndarray:
     return np.sort(np.concatenate([assigned, others[: max(_MOST_QUERIES - len(assigned), 0)]])).astype(int)
 
 
-def draw(picture: Picture, matching: Matching, class_names: list[str], name: str) -> Figure:
-    """The picture with true boxes and those assigned to them, and the cost matrices with the assignment marked."""
+def draw(image: Image, matching: Matching, class_names: list[str], name: str) -> Figure:
+    """The image with true boxes and those assigned to them, and the cost matrices with the assignment marked."""
     columns, count = shown_queries(matching), min(len(matching.query), _MOST_BOXES)
     rows = [f"{i}: {class_names[matching.labels[i]]}" for i in range(count)]
     figure = style.new_figure(11.0, 5.6)
     left, right = np.ravel(np.asarray(figure.subfigures(1, 2, width_ratios=[1, 1.75])))
     axes = left.subplots()
-    style.show_picture(axes, picture.image, f"{picture.name}: truth (full) and assigned boxes (dashed)")
-    truth, predicted = picture.truth_xyxy, picture.in_pixels(matching.prediction.boxes[0])
+    style.show_image(axes, image.image, f"{image.name}: truth (full) and assigned boxes (dashed)")
+    truth, predicted = image.truth_xyxy, image.in_pixels(matching.prediction.boxes[0])
     for i in range(count):
         colour = style.COLOURS[i % (len(style.COLOURS) - 1)]
         style.draw_box(axes, truth[i], colour)
@@ -158,8 +158,8 @@ def draw(picture: Picture, matching: Matching, class_names: list[str], name: str
     axes.set_xlabel(f"{hidden} more boxes are not drawn" if hidden else "")
     grid = right.subplots(4, 1, sharex=True)
     for axes, (title, cost) in zip(grid, [("sum", matching.total), *matching.parts.items()], strict=True):
-        image = axes.imshow(cost[:count][:, columns], cmap=style.HEAT, aspect="auto", interpolation="nearest")
-        figure.colorbar(image, ax=axes, pad=0.01)
+        drawn = axes.imshow(cost[:count][:, columns], cmap=style.HEAT, aspect="auto", interpolation="nearest")
+        figure.colorbar(drawn, ax=axes, pad=0.01)
         axes.set_ylabel(title)
         axes.set_yticks(range(count), rows if count <= 8 else [str(i) for i in range(count)], fontsize=7)
         for i in range(count):
@@ -176,11 +176,11 @@ def draw(picture: Picture, matching: Matching, class_names: list[str], name: str
     return figure
 
 
-def numbers_of(picture: Picture, matching: Matching, class_names: list[str]) -> dict[str, Any]:
+def numbers_of(image: Image, matching: Matching, class_names: list[str]) -> dict[str, Any]:
     """The matching in full, of all queries."""
     assigned = matching.query >= 0
     return {
-        "picture": picture.name,
+        "picture": image.name,
         "boxes": [
             {"box": i, "class": class_names[label], "query": int(matching.query[i]) if assigned[i] else None}
             for i, label in enumerate(matching.labels)

@@ -22,8 +22,8 @@ from torch import Tensor
 from detr_family.analysis import command_line, style
 from detr_family.analysis.attention_weights import CROSS, DenseCall, SamplingCall, watch, watch_outputs
 from detr_family.analysis.loading import (
-    Picture,
-    choose_picture,
+    Image,
+    choose_image,
     encoding_of,
     load_cfg,
     load_detector,
@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T,T",
         help="of figure 7: 1,20,10000",
     )
-    parser.add_argument("--image", default="", metavar="FILE", help="a picture; by default one of DATASETS.TEST")
-    parser.add_argument("--index", type=int, default=-1, help="which picture of DATASETS.TEST, from 0")
+    parser.add_argument("--image", default="", metavar="FILE", help="an image; by default one of DATASETS.TEST")
+    parser.add_argument("--index", type=int, default=-1, help="which image of DATASETS.TEST, from 0")
     command_line.add_output(parser)
     command_line.add_opts(parser)
 
@@ -82,9 +82,9 @@ def run(args: argparse.Namespace) -> list[Path]:
             untrained = weights == UNTRAINED
             cfg = load_cfg(config, [*args.opts, *([] if untrained else ["MODEL.WEIGHTS", weights])])
             model = load_detector(cfg, untrained)
-            picture = choose_picture(cfg, args.image, args.index)
+            image = choose_image(cfg, args.image, args.index)
             title = title_of(model) + (f" ({UNTRAINED})" if untrained else "")
-            maps.append((title, model_maps(model, picture, args.layer)))
+            maps.append((title, model_maps(model, image, args.layer)))
         chosen = similar_queries([m for _, m in maps], args.queries)
         written += style.save_figure(draw_models(maps, chosen), args.output, "positional_models")
         listing = [
@@ -134,7 +134,7 @@ def modulation(size: tuple[float, float], reference: float, dim: int) -> Tensor:
 
 
 @torch.no_grad()
-def model_maps(model: SetDetector, picture: Picture, layer: int = -1) -> np.ndarray:
+def model_maps(model: SetDetector, image: Image, layer: int = -1) -> np.ndarray:
     """What each query of a decoder layer looks at by position alone, averaged over heads.
 
     DETR adds content and position; its positional part is softmax((W_q o) . (W_k p) / sqrt(d)) with the object query o
@@ -148,7 +148,7 @@ def model_maps(model: SetDetector, picture: Picture, layer: int = -1) -> np.ndar
     """
     name = title_of(model)
     with watch(model, CROSS) as calls, watch_outputs(encoding_of(model)) as positions:
-        predict(model, picture)
+        predict(model, image)
     if not -len(calls) <= layer < len(calls):
         raise ValueError(f"--layer {layer}: the decoder of {name} has layers 0 to {len(calls) - 1}")
     call = calls[layer]
@@ -187,7 +187,7 @@ def centres(maps: np.ndarray) -> np.ndarray:
 
 
 def similar_queries(maps: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-    """Queries of the first detector spread over the picture, and of each other those that look nearest to there."""
+    """Queries of the first detector spread over the image, and of each other those that look nearest to there."""
     first = centres(maps[0])
     wanted = np.array([[0.3, 0.3], [0.7, 0.35], [0.35, 0.7], [0.7, 0.7], [0.5, 0.5], [0.15, 0.5], [0.85, 0.5]])
     places: list[int] = []

@@ -1,4 +1,4 @@
-"""Every query slot's boxes over a data set, as points in the unit square (DETR, figure 7), and the learned anchors.
+"""Every query slot's boxes over a dataset, as points in the unit square (DETR, figure 7), and the learned anchors.
 
 Each point is the centre of one predicted box, coloured by its shape as the paper does: small, large and wide, large and
 tall. Where the detector has learned places of its own (Conditional DETR's reference points, the anchors of DAB-DETR and
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from detr_family.analysis import command_line, style
-from detr_family.analysis.loading import data_set, load_cfg, load_detector, map_picture, predict, title_of
+from detr_family.analysis.loading import dataset, load_cfg, load_detector, map_image, predict, title_of
 from detr_family.data.dataset_mapper import DETRDatasetMapper
 from detr_family.modeling.conditional_detr import ConditionalDETR
 from detr_family.modeling.dab_detr import DABDETR
@@ -34,9 +34,9 @@ SHAPES = {"small": style.COLOURS[2], "large, wide": style.COLOURS[1], "large, ta
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See the module."""
     parser.add_argument("--slots", type=int, default=20, help="query slots to draw, those that score best (20)")
-    parser.add_argument("--limit", type=int, default=0, help="only the first so many pictures")
+    parser.add_argument("--limit", type=int, default=0, help="only the first so many images")
     parser.add_argument(
-        "--small", type=float, default=0.01, metavar="SHARE", help="boxes below this share of the picture are small"
+        "--small", type=float, default=0.01, metavar="SHARE", help="boxes below this share of the image are small"
     )
     command_line.add_output(parser)
     command_line.add_model(parser)
@@ -53,13 +53,13 @@ def run(args: argparse.Namespace) -> list[Path]:
     rows = [
         {
             "slot": slot,
-            "picture": picture,
-            **dict(zip(("x", "y", "w", "h"), map(float, boxes[picture, slot]), strict=True)),
-            "score": float(scores[picture, slot]),
-            "shape": shapes[picture, slot],
+            "picture": image,
+            **dict(zip(("x", "y", "w", "h"), map(float, boxes[image, slot]), strict=True)),
+            "score": float(scores[image, slot]),
+            "shape": shapes[image, slot],
         }
         for slot in slots.tolist()
-        for picture in range(len(boxes))
+        for image in range(len(boxes))
     ]
     written = style.save_figure(draw(boxes, shapes, slots, name), args.output, "queries")
     columns = ("slot", "picture", "x", "y", "w", "h", "score", "shape")
@@ -79,20 +79,20 @@ def slot_boxes(cfg: CfgNode, model: SetDetector, *, limit: int = 0) -> tuple[np.
     """What every slot of the last decoder layer predicts over DATASETS.TEST[0].
 
     Returns:
-        Boxes (pictures, Q, 4) as cxcywh in [0, 1], the best class's probability (pictures, Q), and the pictures'
-        width divided by their height (pictures,).
+        Boxes (images, Q, 4) as cxcywh in [0, 1], the best class's probability (images, Q), and the images'
+        width divided by their height (images,).
     """
     mapper = DETRDatasetMapper(cfg, is_train=False)
     boxes, scores, aspect = [], [], []
-    for record in tqdm(data_set(cfg, limit), desc="pictures", disable=None):
-        picture = map_picture(cfg, mapper, record)
-        prediction = predict(model, picture)
+    for record in tqdm(dataset(cfg, limit), desc="images", disable=None):
+        image = map_image(cfg, mapper, record)
+        prediction = predict(model, image)
         logits = prediction.logits[0].float().cpu()
         # A classifier with a row for no-object is a softmax over it, the others are sigmoids.
         softmax = logits.shape[-1] > model.num_classes
         scores.append((logits.softmax(-1)[:, :-1] if softmax else logits.sigmoid()).max(-1).values.numpy())
         boxes.append(prediction.boxes[0].float().cpu().numpy())
-        aspect.append(picture.image.shape[1] / picture.image.shape[0])
+        aspect.append(image.image.shape[1] / image.image.shape[0])
     return np.stack(boxes), np.stack(scores), np.array(aspect)
 
 
@@ -101,8 +101,8 @@ def shape_of(boxes_cxcywh: np.ndarray, aspect: np.ndarray | float, small: float)
 
     Args:
         boxes_cxcywh: (..., 4) in [0, 1].
-        aspect: the picture's width divided by its height; broadcasts against the boxes.
-        small: the share of the picture's area below which a box is small.
+        aspect: the image's width divided by its height; broadcasts against the boxes.
+        small: the share of the image's area below which a box is small.
     """
     width, height = boxes_cxcywh[..., 2], boxes_cxcywh[..., 3]
     wide = np.where(width * aspect >= height, "large, wide", "large, tall")
@@ -138,8 +138,8 @@ def draw(boxes: np.ndarray, shapes: np.ndarray, slots: np.ndarray, name: str) ->
         axes.set_title(f"slot {slot}", fontsize=8)
     for axes in grid.flat[len(slots) :]:
         axes.set_visible(False)
-    figure.suptitle(f"{name}: centres of the boxes of {len(slots)} slots over {len(boxes)} pictures", fontsize=9.5)
-    legend = "each square is the picture, x to the right and y downwards, whatever its shape"
+    figure.suptitle(f"{name}: centres of the boxes of {len(slots)} slots over {len(boxes)} images", fontsize=9.5)
+    legend = "each square is the image, x to the right and y downwards, whatever its shape"
     handles = [Line2D([], [], marker="o", linestyle="", color=c, label=s) for s, c in SHAPES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, title=legend)
     return figure
@@ -169,8 +169,8 @@ def draw_places(places: np.ndarray, name: str, small: float) -> Figure:
     _unit_square(axes)
     axes.set_xticks([0, 0.5, 1])
     axes.set_yticks([0, 0.5, 1])
-    axes.set_xlabel("x / width of the picture")
-    axes.set_ylabel("y / height of the picture")
+    axes.set_xlabel("x / width of the image")
+    axes.set_ylabel("y / height of the image")
     axes.set_title(title)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure

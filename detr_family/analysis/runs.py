@@ -5,7 +5,7 @@ A list is YAML:
     config: configs/detr_quickstart.yaml     # of rows that name none; paths start from the list's own folder
     seeds: [0, 1, 2]
     opts: {SOLVER.MAX_ITER: 480}             # of all rows
-    shapes: {train: 1500, val: 200}          # optional: train on generated pictures (detr_family.data.datasets.shapes)
+    shapes: {train: 1500, val: 200}          # optional: train on generated images (detr_family.data.datasets.shapes)
     rows:
       - {name: sine, opts: {}, published: 40.6}
       - {name: learned, opts: {MODEL.DETR.SPATIAL_ENCODING.TYPE: learned}}
@@ -135,7 +135,7 @@ def slug(name: str) -> str:
 
 
 def data_opts(spec: Spec, folder: Path) -> tuple[str, ...]:
-    """The data set of the list as KEY VALUE pairs; generated pictures go into `folder`/data unless they are there."""
+    """The dataset of the list as KEY VALUE pairs; generated images go into `folder`/data unless they are there."""
     if spec.shapes is None:
         return ()
     arguments = {"seed": 0, "size": (96, 112), **spec.shapes}

@@ -64,14 +64,14 @@ def tidy(axes: Axes) -> Axes:
 
 
 def bare(axes: Axes) -> Axes:
-    """No ticks: for pictures and maps whose axes are those of the picture."""
+    """No ticks: for images and maps whose axes are those of the image."""
     axes.set_xticks([])
     axes.set_yticks([])
     return axes
 
 
 def fade(colour: str) -> LinearSegmentedColormap:
-    """A map from transparent to `colour`, to lay attention over a picture."""
+    """A map from transparent to `colour`, to lay attention over an image."""
     rgb = to_rgb(colour)
     return LinearSegmentedColormap.from_list("fade", [(*rgb, 0.0), (*rgb, 0.85)])
 
@@ -102,8 +102,8 @@ def label_box(axes: Axes, xyxy: Sequence[float] | np.ndarray, text: str, colour:
     )
 
 
-def show_picture(axes: Axes, image: np.ndarray, title: str = "") -> None:
-    """An RGB picture (H, W, 3) whose axes are its pixels."""
+def show_image(axes: Axes, image: np.ndarray, title: str = "") -> None:
+    """An RGB image (H, W, 3) whose axes are its pixels."""
     height, width = image.shape[:2]
     axes.imshow(image, extent=(0, width, height, 0), interpolation="bilinear")
     axes.set_xlim(0, width)

@@ -2,7 +2,7 @@
 
 The comparison tables of all five papers in one. Weights are not needed: each detector is built as configured.
 Parameters and GFLOPs (one multiply-add counts as one) are those of `detr_family.benchmarks.complexity`. Frames per
-second are of one picture of --size at a time, from pixels to boxes without reading files, on this machine's
+second are of one image of --size at a time, from pixels to boxes without reading files, on this machine's
 MODEL.DEVICE: to be compared with each other, not with the published ones, which are an A100's.
 """
 
@@ -23,14 +23,14 @@ from tqdm import tqdm
 from detr_family.analysis import command_line, style
 from detr_family.analysis.loading import load_cfg, load_detector, title_of
 from detr_family.benchmarks.complexity import count_gflops, count_params
-from detr_family.benchmarks.published import MEAN_PICTURE, PUBLISHED
+from detr_family.benchmarks.published import MEAN_IMAGE, PUBLISHED
 from detr_family.modeling.set_detector import SetDetector
 
 COLUMNS = (
     *("config", "detector", "epochs", "AP", "AP50", "AP75", "APs", "APm", "APl"),
     *("params", "params_published", "gflops", "gflops_published", "fps", "fps_published", "device", "size"),
 )
-# Frames per second as DINO's paper gives them (its table 1): an A100, one picture at a time.
+# Frames per second as DINO's paper gives them (its table 1): an A100, one image at a time.
 PUBLISHED_FPS = {
     **{"detr_r50_dc5": 20, "deformable_detr_r50": 24, "dab_detr_r50_dc5": 17},
     **{"dino_r50_4scale": 24, "dino_r50_5scale": 10},
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="H,W",
         help="pixels; by default what the published GFLOPs are of",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="pictures to time, after one to warm up; 0: no timing")
+    parser.add_argument("--repeats", type=int, default=5, help="images to time, after one to warm up; 0: no timing")
     command_line.add_output(parser)
     command_line.add_opts(parser)
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     for config in tqdm(args.configs, desc="configurations", disable=None):
         rows.append(measure(config, args.opts, size=size, repeats=args.repeats))
     headings = {
-        **{"config": "configuration", "epochs": "epochs", "AP": "AP", "params": "params (M)", "size": "picture"},
+        **{"config": "configuration", "epochs": "epochs", "AP": "AP", "params": "params (M)", "size": "image"},
         **{"params_published": "published", "gflops": "GFLOPs", "gflops_published": "published"},
         **{"fps": "frames/s here", "fps_published": "published (A100)"},
     }
@@ -79,13 +79,13 @@ def measure(config: str, opts: Sequence[str], *, size: tuple[int, int] | None, r
     Args:
         config: the configuration's file, whose name without ".yaml" finds the published row.
         opts: KEY VALUE pairs.
-        size: (height, width) of the picture, pixels; None: what the published GFLOPs are of.
-        repeats: pictures to time; 0 leaves the speed out.
+        size: (height, width) of the image, pixels; None: what the published GFLOPs are of.
+        repeats: images to time; 0 leaves the speed out.
     """
     cfg = load_cfg(config, opts)
     model = load_detector(cfg, untrained=True)
     published = PUBLISHED.get(Path(config).stem)
-    size = size or (published.size if published else MEAN_PICTURE)
+    size = size or (published.size if published else MEAN_IMAGE)
     row: dict[str, Any] = {
         "config": Path(config).stem,
         "detector": title_of(model),
@@ -108,7 +108,7 @@ def _device(model: SetDetector) -> str:
 
 @torch.no_grad()
 def frames_per_second(model: SetDetector, size: tuple[int, int], repeats: int) -> float:
-    """1 / the median time of a picture of noise from pixels to boxes, one at a time, by the clock."""
+    """1 / the median time of an image of noise from pixels to boxes, one at a time, by the clock."""
     g = torch.Generator().manual_seed(0)
     inputs = [{"image": torch.randint(256, (len(model.pixel_mean), *size), generator=g).to(torch.uint8)}]
     seconds = []

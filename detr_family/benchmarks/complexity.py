@@ -4,7 +4,7 @@ Counted by fvcore on a forward pass of the detector (backbone to boxes, as the p
 FLOP. Added to what fvcore knows: scaled dot-product attention. Deformable attention is traced on its pure-torch path,
 whose sampling and weighting fvcore knows.
 
-Pictures have the size that the published figure is of, see `detr_family.benchmarks.published`, or that of --size.
+Images have the size that the published figure is of, see `detr_family.benchmarks.published`, or that of --size.
 
 Without config files: all in configs/ whose figures are published. A project's are counted with --import.
 """
@@ -26,7 +26,7 @@ from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
 
-from detr_family.benchmarks.published import MEAN_PICTURE, PUBLISHED
+from detr_family.benchmarks.published import MEAN_IMAGE, PUBLISHED
 from detr_family.config import load_config
 from detr_family.config.projects import add_import
 from detr_family.modeling.set_detector import SetDetector
@@ -35,7 +35,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class Predict(nn.Module):
-    """A detector's forward pass of one picture, as a function of tensors alone.
+    """A detector's forward pass of one image, as a function of tensors alone.
 
     Args:
         detector: in evaluation mode.
@@ -45,9 +45,9 @@ class Predict(nn.Module):
         super().__init__()
         self.detector = detector
 
-    def forward(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(1, 3, H, W), normalised -> logits and boxes."""
-        prediction = self.detector.predict(ImageList(picture, [tuple(picture.shape[-2:])]))
+        prediction = self.detector.predict(ImageList(image, [tuple(image.shape[-2:])]))
         return prediction.logits, prediction.boxes
 
 
@@ -58,16 +58,16 @@ def attention_flops(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 
 
 def count_gflops(detector: SetDetector, height: int, width: int) -> float:
-    """Billions of multiply-adds of a forward pass of one picture.
+    """Billions of multiply-adds of a forward pass of one image.
 
     Args:
         detector: of which evaluation is counted.
-        height: of the picture as the detector sees it, pixels.
+        height: of the image as the detector sees it, pixels.
         width: the same.
     """
     training = detector.training
-    picture = torch.zeros(1, len(detector.pixel_mean), height, width, device=detector.device)
-    analysis = FlopCountAnalysis(Predict(detector.eval()), picture)
+    image = torch.zeros(1, len(detector.pixel_mean), height, width, device=detector.device)
+    analysis = FlopCountAnalysis(Predict(detector.eval()), image)
     analysis.set_op_handle("aten::scaled_dot_product_attention", attention_flops)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with warnings.catch_warnings(), torch.no_grad():
@@ -92,14 +92,14 @@ def row(config_file: Path, size: tuple[int, int] | None) -> str:
 
     Args:
         config_file: its name is looked up among the published.
-        size: height and width of the picture, pixels; None: what the published figure is of.
+        size: height and width of the image, pixels; None: what the published figure is of.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cfg = load_config(str(config_file), ["MODEL.DEVICE", "cpu", "MODEL.DETR.NUM_CLASSES", "80"])
         detector = build_model(cfg)
     theirs = PUBLISHED.get(config_file.stem)
-    height, width = size or (theirs.size if theirs else MEAN_PICTURE)
+    height, width = size or (theirs.size if theirs else MEAN_IMAGE)
     params, gflops = count_params(detector), count_gflops(detector, height, width)
     cells = [f"{config_file.stem:32}", f"{params:7.2f}"]
     cells += [f"{theirs.params or '':>9}", f"{difference(params, theirs.params):>6}"] if theirs else [" " * 18]
@@ -119,7 +119,7 @@ def main() -> None:
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     files = args.config_files or [path for name in PUBLISHED if (path := CONFIGS / f"{name}.yaml").is_file()]
     print("params in millions, GFLOPs in billions of multiply-adds, both beside the published ones")
-    print(f"{'':32} {'params':>7} {'published':>9} {'%':>6} {'picture':>9} {'GFLOPs':>9} {'published':>9} {'%':>6}")
+    print(f"{'':32} {'params':>7} {'published':>9} {'%':>6} {'image':>9} {'GFLOPs':>9} {'published':>9} {'%':>6}")
     for path in files:
         print(row(path, tuple(args.size) if args.size else None), flush=True)
 

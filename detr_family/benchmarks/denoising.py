@@ -1,8 +1,8 @@
 """What denoising costs a training step of DN-DETR: python -m detr_family.benchmarks.denoising --config-file FILE
 
 Steps (forward and backward) with and without denoising groups run in one process, in turn, and the table holds the
-medians of the process's CPU time: ratios of one run mean something, absolute times little. Pictures are noise with
-boxes anywhere. --crowded gives the peak of memory of a step whose first picture has that many boxes.
+medians of the process's CPU time: ratios of one run mean something, absolute times little. Images are noise with
+boxes anywhere. --crowded gives the peak of memory of a step whose first image has that many boxes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from detr_family.modeling.set_detector import SetDetector
 NUM_CLASSES = 80
 
 
-def pictures(count: int, boxes: int, size: Sequence[int]) -> list[dict[str, Any]]:
-    """Pictures of noise, (height, width) pixels, with `boxes` boxes each."""
+def images(count: int, boxes: int, size: Sequence[int]) -> list[dict[str, Any]]:
+    """Images of noise, (height, width) pixels, with `boxes` boxes each."""
     height, width = size
     extent = torch.tensor([width, height], dtype=torch.float32)
     g = torch.Generator().manual_seed(0)
@@ -64,18 +64,18 @@ def step_of(model: SetDetector, inputs: list[dict[str, Any]]) -> Run:
 
 
 def crowded_peak(config_file: str, opts: Sequence[str], boxes: int, size: Sequence[int], denoising: bool) -> int:
-    """Bytes at the peak of a step on two pictures, the first with `boxes` boxes; for a process of its own."""
+    """Bytes at the peak of a step on two images, the first with `boxes` boxes; for a process of its own."""
     model = build(config_file, opts, denoising)
-    step_of(model, pictures(1, 1, (64, 64)))()  # loads code, makes room for gradients
-    return peak_of(step_of(model, [*pictures(1, boxes, size), *pictures(1, 1, size)]))
+    step_of(model, images(1, 1, (64, 64)))()  # loads code, makes room for gradients
+    return peak_of(step_of(model, [*images(1, boxes, size), *images(1, 1, size)]))
 
 
 def main() -> None:
     """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config-file", required=True, help="of a DN-DETR")
-    parser.add_argument("--pictures", type=int, default=2)
-    parser.add_argument("--boxes", type=int, default=7, help="in every picture (7 is COCO's mean)")
+    parser.add_argument("--pictures", dest="images", type=int, default=2)
+    parser.add_argument("--boxes", type=int, default=7, help="in every image (7 is COCO's mean)")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1066), help="height and width in pixels")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -84,14 +84,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    inputs = pictures(args.pictures, args.boxes, args.size)
+    inputs = images(args.images, args.boxes, args.size)
     models = {name: build(args.config_file, args.opts, name == "with") for name in ("without", "with")}
     times = time_on_cpu({name: step_of(model, inputs) for name, model in models.items()}, args.repeats, wall=False)
     share = 1 - times["without"] / times["with"]
     targets = models["with"].targets(inputs)
     making = time_on_cpu({"groups": lambda: models["with"].make_groups(targets)}, 50, wall=False)["groups"]
     height, width = args.size
-    print(f"{args.pictures} pictures of {height}x{width} with {args.boxes} boxes, {args.threads} thread(s)")
+    print(f"{args.images} images of {height}x{width} with {args.boxes} boxes, {args.threads} thread(s)")
     print(f"a step without denoising {times['without']:.3f} s, with {times['with']:.3f} s: {share:.1%} is denoising")
     print(f"making the groups {making * 1e3:.2f} ms, {making / times['with']:.2%} of a step")
     for boxes in args.crowded:
@@ -103,7 +103,7 @@ def main() -> None:
             )
             result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
             peaks.append(int(result.stdout.split()[-1]) / 2**20)
-        print(f"peak of a step with {boxes} boxes in a picture: {peaks[0]:.0f} MiB without, {peaks[1]:.0f} MiB with")
+        print(f"peak of a step with {boxes} boxes in an image: {peaks[0]:.0f} MiB without, {peaks[1]:.0f} MiB with")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the native operator gives a whole detector: python -m detr_family.benchmarks.dino --config-file FILE
 
-Inference and a training step (forward and backward) of a detector with deformable attention on one picture, with the
+Inference and a training step (forward and backward) of a detector with deformable attention on one image, with the
 native operator and on the pure-torch path, in one process and in turn; the table holds medians. The share of time in
 deformable attention is that of the operator alone, run on the very inputs that it has inside of the detector.
 """
@@ -17,7 +17,7 @@ import torch
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from detr_family.benchmarks.denoising import NUM_CLASSES, pictures, step_of
+from detr_family.benchmarks.denoising import NUM_CLASSES, images, step_of
 from detr_family.benchmarks.measure import Run, time_on_cpu
 from detr_family.config import load_config
 from detr_family.layers import deformable_attention
@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config-file", required=True, help="of a detector with deformable attention")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), help="height and width in pixels")
-    parser.add_argument("--boxes", type=int, default=7, help="in the picture of a training step (7 is COCO's mean)")
+    parser.add_argument("--boxes", type=int, default=7, help="in the image of a training step (7 is COCO's mean)")
     parser.add_argument("--only", choices=("inference", "training"), help="one line of the table alone")
     parser.add_argument("--autocast", action="store_true", help="to bfloat16, as training with SOLVER.AMP does")
     parser.add_argument("--repeats", type=int, default=3)
@@ -94,12 +94,12 @@ def main() -> None:
     opts = [*args.opts, "MODEL.DETR.NUM_CLASSES", str(NUM_CLASSES), "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
     torch.manual_seed(0)
     model = build_model(load_config(args.config_file, opts))
-    inputs = pictures(1, args.boxes, args.size)
+    inputs = images(1, args.boxes, args.size)
     height, width = args.size
     clock = "wall-clock" if args.wall else "CPU"
     dtype = "autocast to bfloat16" if args.autocast else "float32"
     numbers = f"{clock} seconds on {args.threads} thread(s), medians of {args.repeats}"
-    print(f"one picture of {height}x{width}, {dtype}, {numbers}")
+    print(f"one image of {height}x{width}, {dtype}, {numbers}")
     print(f"{'':12}{'native':>10}{'torch':>10}{'ratio':>8}   share of deformable attention")
     for name in (args.only,) if args.only else ("inference", "training"):
         train = name == "training"

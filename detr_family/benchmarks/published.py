@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The papers up to DN-DETR give the mean over the first 100 pictures of COCO val2017, shorter side 800, longer at most
-# 1333. These have 889 thousand pixels on average, as a picture of this size has; the square of the number of tokens, on
+# The papers up to DN-DETR give the mean over the first 100 images of COCO val2017, shorter side 800, longer at most
+# 1333. These have 889 thousand pixels on average, as an image of this size has; the square of the number of tokens, on
 # which attention depends, is larger by 1 % on average than that of the average.
-MEAN_PICTURE = (800, 1111)
-# DINO's paper does not say of which pictures its figures are. Both that can be counted here, DN-Deformable-DETR's and
+MEAN_IMAGE = (800, 1111)
+# DINO's paper does not say of which images its figures are. Both that can be counted here, DN-Deformable-DETR's and
 # its own, are those of this size, to 1 %.
-LARGER_PICTURE = (800, 1280)
+LARGER_IMAGE = (800, 1280)
 
 _R101 = "R101 is 80 more than R50 in this paper's tables, in DETR's and Conditional DETR's and counted 66"
 
@@ -25,7 +25,7 @@ class Published:
         gflops: of a forward pass, in billions of multiply-adds.
         params: trainable parameters, in millions.
         file: the authors' released file.
-        size: height and width of the picture that the GFLOPs are of, pixels.
+        size: height and width of the image that the GFLOPs are of, pixels.
         why: where what is counted here differs by more than rounding, the reason.
     """
 
@@ -34,7 +34,7 @@ class Published:
     gflops: float | None = None
     params: float | None = None
     file: str = ""
-    size: tuple[int, int] = MEAN_PICTURE
+    size: tuple[int, int] = MEAN_IMAGE
     why: str = ""
 
 
@@ -70,14 +70,14 @@ PUBLISHED: dict[str, Published] = {
     "dn_detr_r50_dc5": Published((46.3, 66.4, 49.7, 26.7, 50.0, 64.3), 50, 202, 44, "R50-DC5, checkpoint.pth"),
     "dn_detr_r101_dc5": Published((47.3, 67.5, 50.8, 28.6, 51.5, 65.0), 50, 282, 63, why=_R101),
     "dino_r50_4scale": Published(
-        (49.0, 66.6, 53.5, 32.0, 52.3, 63.0), 12, 279, 47, "checkpoint0011_4scale.pth", LARGER_PICTURE
+        (49.0, 66.6, 53.5, 32.0, 52.3, 63.0), 12, 279, 47, "checkpoint0011_4scale.pth", LARGER_IMAGE
     ),
     "dino_r50_5scale": Published(
-        (49.4, 66.9, 53.8, 32.3, 52.5, 63.9), 12, 860, 47, "checkpoint0011_5scale.pth", LARGER_PICTURE
+        (49.4, 66.9, 53.8, 32.3, 52.5, 63.9), 12, 860, 47, "checkpoint0011_5scale.pth", LARGER_IMAGE
     ),
     "dino_swin_l_4scale": Published((56.8,), 12, None, 218, "Swin-L, 4 scales"),
     "dino_swin_l_5scale": Published((57.3,), 12, None, 218, "Swin-L, 5 scales"),
     "dino_swin_l_4scale_o365_ft": Published((63.1,), 18, None, 218),
     "deformable_detr_r50": Published((43.8, 62.6, 47.7, 26.4, 47.1, 58.0), 50, 173, 40),
-    "dn_deformable_detr_r50_12ep": Published((43.4, 61.9, 47.2, 24.8, 46.8, 59.4), 12, 265, 48, "", LARGER_PICTURE),
+    "dn_deformable_detr_r50_12ep": Published((43.4, 61.9, 47.2, 24.8, 46.8, 59.4), 12, 265, 48, "", LARGER_IMAGE),
 }

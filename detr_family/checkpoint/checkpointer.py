@@ -325,7 +325,7 @@ class DETRCheckpointer(DetectionCheckpointer):
             theirs = checkpoint.get("class_names")
             if theirs and self.class_names and self.class_rows == "exact" and list(theirs) != list(self.class_names):
                 _logger.warning(
-                    "%s has classes %s, this data set has as many of other names: their rows are kept in order. "
+                    "%s has classes %s, this dataset has as many of other names: their rows are kept in order. "
                     "MODEL.DETR.CLASS_ROWS match goes by the names",
                     self._path, ", ".join(theirs),
                 )  # fmt: skip

@@ -28,7 +28,7 @@ _RESNET_NAMES = (
 )
 # detrex lists a layer's attentions, feed-forward networks and norms; no release does.
 DETREX_NAME = re.compile(r"transformer\.(encoder|decoder)\.layers\.\d+\.(attentions|ffns)\.\d+\.")
-# What Swin's files hold beside weights: buffers that follow from the sizes of windows and pictures.
+# What Swin's files hold beside weights: buffers that follow from the sizes of windows and images.
 SWIN_INDICES = re.compile(r"\.(relative_position_index|attn_mask)$")
 
 

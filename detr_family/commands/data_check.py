@@ -1,4 +1,4 @@
-"""The data check as a command: findings of a configuration's data sets, and what training will see of them."""
+"""The data check as a command: findings of a configuration's datasets, and what training will see of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from detr_family.data.check import (
     DatasetPart,
     Finding,
     annotation_findings,
-    picture_findings,
+    image_findings,
     read_part,
     statistics,
 )
@@ -34,13 +34,13 @@ EXIT_STATUS = {"note": 0, "warning": 1, "error": 2}
 _MOST_CLASSES = 100  # rows of the printed table
 
 
-def check_data(cfg: CfgNode, *, pictures: bool = True, workers: int = 4, progress: bool = True) -> dict[str, Any]:
-    """Checks the data sets of DATASETS.TRAIN and DATASETS.TEST.
+def check_data(cfg: CfgNode, *, images: bool = True, workers: int = 4, progress: bool = True) -> dict[str, Any]:
+    """Checks the datasets of DATASETS.TRAIN and DATASETS.TEST.
 
     Args:
-        cfg: the whole configuration; its data sets are registered here.
-        pictures: open and decode every picture.
-        workers: pictures read at a time.
+        cfg: the whole configuration; its datasets are registered here.
+        images: open and decode every image.
+        workers: images read at a time.
         progress: show a bar where stderr is a terminal.
 
     Returns:
@@ -48,12 +48,12 @@ def check_data(cfg: CfgNode, *, pictures: bool = True, workers: int = 4, progres
         and examples; "status": 0 where there is no finding above a note, 1 for warnings, 2 for errors.
 
     Raises:
-        ValueError: no data set is named, or an entry of DATASETS.COCO_FORMAT is malformed.
+        ValueError: no dataset is named, or an entry of DATASETS.COCO_FORMAT is malformed.
     """
     register_datasets(cfg)
     names = [(name, True) for name in cfg.DATASETS.TRAIN] + [(name, False) for name in cfg.DATASETS.TEST]
     if not names:
-        raise ValueError("No data set to check: name some in DATASETS.TRAIN and DATASETS.TEST, or use --train, --val.")
+        raise ValueError("No dataset to check: name some in DATASETS.TRAIN and DATASETS.TEST, or use --train, --val.")
     parts, findings = [], []
     for name, training in names:
         try:
@@ -66,8 +66,8 @@ def check_data(cfg: CfgNode, *, pictures: bool = True, workers: int = 4, progres
         except ValueError as error:
             findings.append(Finding("error", "class_names", " / ".join(part.name for part in parts), 1, str(error)))
     findings += annotation_findings(parts, cfg.MODEL.DETR.NUM_QUERIES)
-    if pictures:
-        findings += picture_findings(parts, workers, progress)
+    if images:
+        findings += image_findings(parts, workers, progress)
     findings.sort(key=lambda finding: -EXIT_STATUS[finding.level])
     return {
         "datasets": {part.name: statistics(part) for part in parts},
@@ -76,16 +76,16 @@ def check_data(cfg: CfgNode, *, pictures: bool = True, workers: int = 4, progres
     }
 
 
-def draw_training_pictures(cfg: CfgNode, count: int = 24, seed: int = 0) -> Image.Image:
-    """Pictures of the training sets with their boxes, after the augmentation that training uses.
+def draw_training_images(cfg: CfgNode, count: int = 24, seed: int = 0) -> Image.Image:
+    """Images of the training sets with their boxes, after the augmentation that training uses.
 
     Args:
-        cfg: the whole configuration, its data sets registered.
+        cfg: the whole configuration, its datasets registered.
         count: how many, drawn at random. Where there are that many classes, as good as each is shown.
         seed: of the choice and of the augmentation.
 
     Returns:
-        A contact sheet; a picture that cannot be used has a grey place with the reason.
+        A contact sheet; an image that cannot be used has a grey place with the reason.
     """
     parts = [read_part(name, True) for name in cfg.DATASETS.TRAIN]
     rng = np.random.default_rng(seed)
@@ -103,7 +103,7 @@ def draw_training_pictures(cfg: CfgNode, count: int = 24, seed: int = 0) -> Imag
 def _choose(
     parts: Sequence[DatasetPart], count: int, rng: np.random.Generator
 ) -> list[tuple[DatasetPart, dict[str, Any]]]:
-    """Pictures at random, those that show a class not shown yet first."""
+    """Images at random, those that show a class not shown yet first."""
     everything = [(part, record) for part in parts for record in part.records]
     order = [everything[i] for i in rng.permutation(len(everything))]
     shown: set[int] = set()
@@ -132,12 +132,12 @@ def _cell(
     height, width = pixels.shape[:2]
     scale = min(360 / max(height, width), 8.0)
     size = max(round(width * scale), 1), max(round(height * scale), 1)
-    picture = Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BICUBIC)
+    image = Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BICUBIC)
     truth = mapped.get("instances")
     boxes = (truth.gt_boxes.tensor * scale).tolist() if truth is not None else []
     classes = truth.gt_classes.tolist() if truth is not None else []
     names = [part.class_names[number] if number < len(part.class_names) else str(number) for number in classes]
-    return draw_boxes(picture, boxes, classes, names), f"{title} ({width}x{height}, {len(boxes)} boxes)"
+    return draw_boxes(image, boxes, classes, names), f"{title} ({width}x{height}, {len(boxes)} boxes)"
 
 
 def text_of(report: dict[str, Any]) -> str:
@@ -146,13 +146,13 @@ def text_of(report: dict[str, Any]) -> str:
     for name, known in report["datasets"].items():
         lines.append(f"{name} ({'trained' if known['role'] == 'train' else 'evaluated'} on)")
         lines.append(
-            f"  {known['pictures']} pictures, {known['pictures_without_objects']} of them without objects; "
+            f"  {known['pictures']} images, {known['pictures_without_objects']} of them without objects; "
             f"{known['boxes']} boxes, {known['crowd_regions']} crowd regions"
         )
         if "picture_sides" in known:
             sides = known["picture_sides"]
             lines.append(
-                "  pictures, least / median / greatest: "
+                "  images, least / median / greatest: "
                 + ", ".join(f"{key} {' / '.join(f'{x:g}' for x in sides[key])} px" for key in ("width", "height"))
             )
         if "box_sides" in known:
@@ -160,11 +160,11 @@ def text_of(report: dict[str, Any]) -> str:
             lines.append(
                 "  boxes: "
                 + ", ".join(f"{key} {' / '.join(f'{x:g}' for x in sides[key])} px" for key in ("width", "height"))
-                + f"; {known['boxes_per_picture']['mean']:g} a picture, at most {known['boxes_per_picture']['most']}"
+                + f"; {known['boxes_per_picture']['mean']:g} an image, at most {known['boxes_per_picture']['most']}"
             )
             lines.append("  by area (under 32², to 96², above): " + ", ".join(str(areas[key]) for key in areas))
         rows = [[c["name"], c["id"], number, c["boxes"], c["pictures"]] for number, c in enumerate(known["classes"])]
-        table = tabulate(rows[:_MOST_CLASSES], ["class", "id in the file", "class number", "boxes", "pictures"])
+        table = tabulate(rows[:_MOST_CLASSES], ["class", "id in the file", "class number", "boxes", "images"])
         lines += ["    " + line for line in table.splitlines()]
         if len(rows) > _MOST_CLASSES:
             lines.append(f"    and {len(rows) - _MOST_CLASSES} more")
@@ -178,20 +178,20 @@ def text_of(report: dict[str, Any]) -> str:
 def parser(default_config: Path) -> argparse.ArgumentParser:
     """The command line of tools/check_dataset.py."""
     result = argparse.ArgumentParser(
-        description="Checks COCO-format data sets and draws them as training will see them.",
+        description="Checks COCO-format datasets and draws them as training will see them.",
         epilog="Exit status: 0 nothing found (notes aside), 1 warnings, 2 errors or a wrong command line.",
     )
-    result.add_argument("--train", nargs=2, metavar=("JSON", "FOLDER"), help="annotation file and picture folder")
+    result.add_argument("--train", nargs=2, metavar=("JSON", "FOLDER"), help="annotation file and image folder")
     result.add_argument("--val", nargs=2, metavar=("JSON", "FOLDER"), help="the same of what is evaluated on")
     result.add_argument(
         "--config-file", type=Path, default=default_config, help="whose DATASETS and augmentation are taken"
     )
-    result.add_argument("--no-pictures", action="store_true", help="look at the annotations alone")
-    result.add_argument("--sheet", type=Path, metavar="PNG", help="draw training pictures with their boxes, augmented")
-    result.add_argument("--count", type=int, default=24, help="pictures on the sheet")
+    result.add_argument("--no-pictures", dest="no_images", action="store_true", help="look at the annotations alone")
+    result.add_argument("--sheet", type=Path, metavar="PNG", help="draw training images with their boxes, augmented")
+    result.add_argument("--count", type=int, default=24, help="images on the sheet")
     result.add_argument("--seed", type=int, default=0, help="of the choice and the augmentation on the sheet")
     result.add_argument("--json", metavar="FILE", help='write the report as JSON; "-" for the standard output')
-    result.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="pictures read at a time")
+    result.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="images read at a time")
     add_import(result)
     result.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the configuration")
     return result
@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
     """Checks, prints and draws what the command line says; returns the exit status."""
     try:
         cfg = config_of(args)
-        report = check_data(cfg, pictures=not args.no_pictures, workers=args.workers)
+        report = check_data(cfg, images=not args.no_images, workers=args.workers)
         if args.json:
             content = {**report, "findings": [vars(finding) for finding in report["findings"]]}
             text = json.dumps(content, indent=1)
@@ -230,8 +230,8 @@ def run(args: argparse.Namespace) -> int:
                 cfg.DATASETS.TRAIN = tuple(usable)
                 torch.manual_seed(args.seed)
                 args.sheet.parent.mkdir(parents=True, exist_ok=True)
-                draw_training_pictures(cfg, args.count, args.seed).save(args.sheet)
-                print(f"Training pictures, augmented: {args.sheet}", file=sys.stderr)
+                draw_training_images(cfg, args.count, args.seed).save(args.sheet)
+                print(f"Training images, augmented: {args.sheet}", file=sys.stderr)
             else:
                 print("No training set can be read: no sheet is drawn.", file=sys.stderr)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The demo as a command: pictures, folders, globs and videos in; drawn boxes and COCO-format JSON out."""
+"""The demo as a command: images, folders, globs and videos in; drawn boxes and COCO-format JSON out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from detr_family.checkpoint.releases import COCO_IDS
 from detr_family.config import load_config
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
-from detr_family.inference.predictor import Picture, Predictor
+from detr_family.inference.predictor import ImageSource, Predictor
 from detr_family.visualization.draw import draw_detections
 
 VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
@@ -42,20 +42,20 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path], list[P
         patterns: as typed.
 
     Returns:
-        Pictures, videos, and files of folders and globs that by their suffix are neither; each once, folders
+        Images, videos, and files of folders and globs that by their suffix are neither; each once, folders
         and globs in the order of their names.
 
     Raises:
-        ValueError: something is not there, or a folder or glob has neither picture nor video.
+        ValueError: something is not there, or a folder or glob has neither image nor video.
     """
     known = {suffix.lower() for suffix in Image.registered_extensions()}
-    pictures: dict[Path, None] = {}
+    images: dict[Path, None] = {}
     videos: dict[Path, None] = {}
     others: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        if path.is_file():  # taken for what it is called, a picture in doubt
-            (videos if path.suffix.lower() in VIDEO_SUFFIXES else pictures)[path] = None
+        if path.is_file():  # taken for what it is called, an image in doubt
+            (videos if path.suffix.lower() in VIDEO_SUFFIXES else images)[path] = None
             continue
         if path.is_dir():
             found = sorted(child for child in path.iterdir() if child.is_file())
@@ -66,11 +66,11 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path], list[P
         kinds = {child: child.suffix.lower() for child in found}
         chosen = [child for child, suffix in kinds.items() if suffix in known or suffix in VIDEO_SUFFIXES]
         if not chosen:
-            raise ValueError(f"{pattern!r} has no picture or video among its {len(found)} files")
+            raise ValueError(f"{pattern!r} has no image or video among its {len(found)} files")
         for child in chosen:
-            (videos if kinds[child] in VIDEO_SUFFIXES else pictures)[child] = None
+            (videos if kinds[child] in VIDEO_SUFFIXES else images)[child] = None
         others.update(dict.fromkeys(child for child in found if child not in set(chosen)))
-    return list(pictures), list(videos), list(others)
+    return list(images), list(videos), list(others)
 
 
 @dataclass
@@ -120,10 +120,10 @@ class Results:
 
 
 def category_ids(cfg: CfgNode, class_names: Sequence[str]) -> list[int]:
-    """The category id of each class: those of the data set with these names, COCO's, or else 1, 2, 3 ...
+    """The category id of each class: those of the dataset with these names, COCO's, or else 1, 2, 3 ...
 
     Args:
-        cfg: the data sets of the training are looked for in it; they need not be here.
+        cfg: the datasets of the training are looked for in it; they need not be here.
         class_names: by class number.
     """
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
@@ -140,18 +140,18 @@ def category_ids(cfg: CfgNode, class_names: Sequence[str]) -> list[int]:
     return list(range(1, len(class_names) + 1))
 
 
-def run_pictures(
-    predictor: Predictor, pictures: Sequence[Path], output: Path, results: Results, threshold: float, progress: bool
+def run_images(
+    predictor: Predictor, images: Sequence[Path], output: Path, results: Results, threshold: float, progress: bool
 ) -> None:
-    """Predicts pictures in batches, draws each into `output` and adds it to the results."""
+    """Predicts images in batches, draws each into `output` and adds it to the results."""
     taken: set[str] = set()
 
-    def failed(picture: Picture, error: ValueError) -> None:
-        results.failed.append((str(picture), str(error)))
+    def failed(source: ImageSource, error: ValueError) -> None:
+        results.failed.append((str(source), str(error)))
         bar.update()
 
-    with tqdm(total=len(pictures), desc="pictures", disable=not progress or None, mininterval=0.5) as bar:
-        for prediction in predictor.stream(pictures, on_error=failed):
+    with tqdm(total=len(images), desc="images", disable=not progress or None, mininterval=0.5) as bar:
+        for prediction in predictor.stream(images, on_error=failed):
             source = Path(str(prediction.source))
             results.add(str(source), prediction.instances, threshold)
             drawn = draw_detections(prediction.image, prediction.instances, results.class_names, threshold)
@@ -160,7 +160,7 @@ def run_pictures(
 
 
 def _free_name(source: Path, taken: set[str]) -> str:
-    """A file name for a drawn picture: JPEG for JPEG, else PNG; numbered where two sources share one."""
+    """A file name for a drawn image: JPEG for JPEG, else PNG; numbered where two sources share one."""
     suffix = ".jpg" if source.suffix.lower() in (".jpg", ".jpeg") else ".png"
     name, number = source.stem + suffix, 1
     while name in taken:
@@ -221,19 +221,19 @@ def run_video(
 def parser() -> argparse.ArgumentParser:
     """The command line of demo.py; its names are those of Detectron2's demo."""
     result = argparse.ArgumentParser(
-        description="Finds objects in pictures and videos, draws them, and writes COCO-format JSON.",
+        description="Finds objects in images and videos, draws them, and writes COCO-format JSON.",
         epilog="Exit status: 0, 1 where something could not be read (the rest was done), 2 where nothing was done.",
     )
     result.add_argument(
         "--config-file", required=True, metavar="FILE", help="one of configs/, or the config.yaml of a training"
     )
     result.add_argument("--weights", metavar="FILE", help="the checkpoint; by default MODEL.WEIGHTS of the config")
-    result.add_argument("--input", required=True, nargs="+", metavar="PATH", help="pictures, folders, globs, videos")
+    result.add_argument("--input", required=True, nargs="+", metavar="PATH", help="images, folders, globs, videos")
     result.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for what is written")
     result.add_argument(
         "--confidence-threshold", type=float, default=0.5, help="least score of what is drawn and written"
     )
-    result.add_argument("--batch-size", type=int, default=1, help="pictures that go through the model together")
+    result.add_argument("--batch-size", type=int, default=1, help="images that go through the model together")
     add_import(result)
     result.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs of the configuration")
     return result
@@ -247,8 +247,8 @@ def run(args: argparse.Namespace, progress: bool = True) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     print(
-        f"{len(results.images)} pictures, {len(results.detections)} boxes that score {args.confidence_threshold:g} or "
-        f"more; drawn pictures, results.json and images.json: {args.output}"
+        f"{len(results.images)} images, {len(results.detections)} boxes that score {args.confidence_threshold:g} or "
+        f"more; drawn images, results.json and images.json: {args.output}"
     )
     if results.images and not results.detections:
         print(f"The best score of all is {results.best:.3f}: lower --confidence-threshold to see more.")
@@ -266,11 +266,11 @@ def run(args: argparse.Namespace, progress: bool = True) -> int:
 def _run(args: argparse.Namespace, progress: bool) -> Results:
     if not 0 <= args.confidence_threshold <= 1:
         raise ValueError(f"--confidence-threshold is {args.confidence_threshold}; scores lie between 0 and 1")
-    pictures, videos, others = find_inputs(args.input)
+    images, videos, others = find_inputs(args.input)
     if videos and importlib.util.find_spec("cv2") is None:
         raise ValueError(f"{videos[0]}: {_NO_CV2}")
     if others:
-        print(f"{len(others)} files are no pictures or videos by their suffix and are left out", file=sys.stderr)
+        print(f"{len(others)} files are no images or videos by their suffix and are left out", file=sys.stderr)
     cfg = load_config(args.config_file, args.opts)
     register_datasets(cfg)
     predictor = Predictor.from_config(cfg, args.weights, batch_size=args.batch_size)
@@ -278,7 +278,7 @@ def _run(args: argparse.Namespace, progress: bool) -> Results:
     names = predictor.class_names or [f"class {i}" for i in range(count)]
     results = Results(names, category_ids(cfg, names))
     args.output.mkdir(parents=True, exist_ok=True)
-    run_pictures(predictor, pictures, args.output, results, args.confidence_threshold, progress)
+    run_images(predictor, images, args.output, results, args.confidence_threshold, progress)
     for video in videos:
         try:
             run_video(predictor, video, args.output, results, args.confidence_threshold, progress)

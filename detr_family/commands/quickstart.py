@@ -1,7 +1,7 @@
-"""From nothing to a trained detector on generated shapes, with pictures of what it finds.
+"""From nothing to a trained detector on generated shapes, with images of what it finds.
 
 Everything goes into one folder: data/ (kept and used again), train_net.py's log, metrics and weights,
-pictures/ and curves.png.
+images/ and curves.png.
 """
 
 import json
@@ -25,7 +25,7 @@ from detr_family.data.datasets.shapes import write_shapes
 from detr_family.visualization.draw import draw_comparison, plot_metrics, read_metrics
 
 _MARKER = "made_by_quickstart.json"
-_TRAIN_PICTURES, _VAL_PICTURES = 1500, 200
+_TRAIN_IMAGES, _VAL_IMAGES = 1500, 200
 _DRAWN = 16
 
 
@@ -55,8 +55,8 @@ def quickstart(train_net: Path, config_file: Path, output: Path, device: str | N
     output = output.expanduser().resolve()
     _clear(output)
 
-    _say(f"Data: {_TRAIN_PICTURES} + {_VAL_PICTURES} generated pictures in {output / 'data'}")
-    entries = write_shapes(str(output / "data"), _TRAIN_PICTURES, _VAL_PICTURES)
+    _say(f"Data: {_TRAIN_IMAGES} + {_VAL_IMAGES} generated images in {output / 'data'}")
+    entries = write_shapes(str(output / "data"), _TRAIN_IMAGES, _VAL_IMAGES)
     options = [
         *("DATASETS.COCO_FORMAT", repr([list(entry) for entry in entries])),
         *("DATASETS.TRAIN", repr((entries[0][0],))),
@@ -81,16 +81,16 @@ def quickstart(train_net: Path, config_file: Path, output: Path, device: str | N
 
 
 def draw_predictions(cfg: CfgNode, weights: str, folder: Path, count: int) -> list[Path]:
-    """Draws predictions beside ground truth for the first pictures of DATASETS.TEST[0].
+    """Draws predictions beside ground truth for the first images of DATASETS.TEST[0].
 
-    Drawn are predictions that score 0.5 or more. Where those are fewer than the true boxes of all pictures
+    Drawn are predictions that score 0.5 or more. Where those are fewer than the true boxes of all images
     together, as after a short training, the threshold is lowered until they are as many.
 
     Args:
-        cfg: the whole config; its COCO_FORMAT data sets are registered here.
+        cfg: the whole config; its COCO_FORMAT datasets are registered here.
         weights: checkpoint to load.
         folder: where the PNGs go, made if missing.
-        count: how many pictures, at most.
+        count: how many images, at most.
 
     Returns:
         The files written.

@@ -18,9 +18,9 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.MODEL.DETR = CfgNode()
     _C = cfg.MODEL.DETR
 
-    # Classes of the data set, without no-object. -1: as the metadata of DATASETS.TRAIN[0] says.
+    # Classes of the dataset, without no-object. -1: as the metadata of DATASETS.TRAIN[0] says.
     _C.NUM_CLASSES = -1
-    # Size of the predicted set, well above the number of objects in any picture (DETR, section 3.1).
+    # Size of the predicted set, well above the number of objects in any image (DETR, section 3.1).
     _C.NUM_QUERIES = 100
     # Width of the transformer, channels; a multiple of NUM_HEADS and, for sine encodings, of 4.
     _C.HIDDEN_DIM = 256
@@ -95,7 +95,7 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Draw the anchors' centres uniformly and keep them (DAB-DETR, table 4). The release's setting of that name
     # freezes nothing; this one does.
     cfg.MODEL.DAB.FIX_CENTRES = False
-    # Width and height of all anchors at the start, as shares of the picture's, with centres spread evenly; 0 draws all
+    # Width and height of all anchors at the start, as shares of the image's, with centres spread evenly; 0 draws all
     # four from a normal distribution before the sigmoid, as the release does. For few steps on small objects.
     cfg.MODEL.DAB.ANCHOR_SIZE = 0.0
 
@@ -112,9 +112,9 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.MODEL.SWIN.OUT_FEATURES = ["p1", "p2", "p3"]
 
     cfg.MODEL.DN = CfgNode()
-    # Denoising groups in training, each with every box of a picture; 0: no denoising (DN-DETR, section 4.2, table 5).
+    # Denoising groups in training, each with every box of an image; 0: no denoising (DN-DETR, section 4.2, table 5).
     cfg.MODEL.DN.GROUPS = 5
-    # The most denoising queries of a picture. With more boxes than MAX_QUERIES // GROUPS a group has a random choice.
+    # The most denoising queries of an image. With more boxes than MAX_QUERIES // GROUPS a group has a random choice.
     cfg.MODEL.DN.MAX_QUERIES = 1000
     # Probability that a label is flipped, the true one included among the draws (DN-DETR, section 4.2, gamma).
     cfg.MODEL.DN.LABEL_NOISE = 0.2
@@ -138,10 +138,10 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.MODEL.DINO.SHARE_HEADS = True
     # "contrastive", "dn" (positives alone, noised as in DN-DETR) or "none" (DINO, section 3.3, table 4).
     cfg.MODEL.DINO.DENOISING = "contrastive"
-    # Pairs of a positive and a negative (of "dn": positives) per picture. They make as many groups as the most crowded
-    # picture of the batch allows, at least one (DINO, section D.2: 100).
+    # Pairs of a positive and a negative (of "dn": positives) per image. They make as many groups as the most crowded
+    # image of the batch allows, at least one (DINO, section D.2: 100).
     cfg.MODEL.DINO.DN_PAIRS = 100
-    # The most denoising queries of a picture. Where one group alone would be more, it has a random choice of the boxes.
+    # The most denoising queries of an image. Where one group alone would be more, it has a random choice of the boxes.
     cfg.MODEL.DINO.DN_MAX_QUERIES = 200
     # A label is flipped with half this probability, the true one included among the draws, as in the release.
     cfg.MODEL.DINO.LABEL_NOISE = 0.5
@@ -150,8 +150,8 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.MODEL.DINO.BOX_NOISE = 1.0
     # Leave out negatives whose noise has turned width or height negative. The release keeps them.
     cfg.MODEL.DINO.DN_DROP_INVERTED = False
-    # What is predicted for a picture does not depend on what it is batched with. False, as in the release: padding
-    # counts in the statistics of the group norm after the projection of feature maps, competes with a picture's tokens
+    # What is predicted for an image does not depend on what it is batched with. False, as in the release: padding
+    # counts in the statistics of the group norm after the projection of feature maps, competes with an image's tokens
     # in query selection, and shrinks the anchors that queries are encoded from.
     cfg.MODEL.DINO.IGNORE_PADDING = False
 
@@ -169,10 +169,10 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CHECKPOINT_EPOCHS = 0
     # Epochs between evaluations; above 0 it takes the place of TEST.EVAL_PERIOD.
     cfg.TEST.EVAL_EPOCHS = 0
-    # Training pictures on which the instability of matching is measured after every epoch, evenly spaced; 0: not at
+    # Training images on which the instability of matching is measured after every epoch, evenly spaced; 0: not at
     # all (DN-DETR, section 3.2).
     cfg.TEST.INSTABILITY_IMAGES = 0
-    # Pictures that go through the model together in an evaluation, on each process, at most: only those of one size
+    # Images that go through the model together in an evaluation, on each process, at most: only those of one size
     # do, so that nothing is padded and the results are those of one by one.
     cfg.TEST.IMS_PER_BATCH = 1
     # Parts that each process computes its share of SOLVER.IMS_PER_BATCH in, one after the other, for one step of the
@@ -189,7 +189,7 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Evaluate (--eval-only) and predict with the averaged weights in the checkpoint MODEL.WEIGHTS, not the plain ones.
     cfg.TEST.EMA = False
     # What a loss or gradient that is not finite does: "stop" the run, or "skip" the step. Either way the
-    # batch is saved and its pictures are named in the log; the weights stay as they were.
+    # batch is saved and its images are named in the log; the weights stay as they were.
     cfg.SOLVER.NONFINITE = "stop"
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes one more value, "full_model": the norm of the whole gradient.
 
@@ -197,10 +197,10 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # many iterations predictions are drawn beside ground truth, in TensorBoard and OUTPUT_DIR/vis.)
     cfg.VIS_REPORT = True
 
-    # Shorter sides that a picture is resized to before it is cropped, pixels (DETR, section A.4).
+    # Shorter sides that an image is resized to before it is cropped, pixels (DETR, section A.4).
     cfg.INPUT.CROP.RESIZE = [400, 500, 600]
 
-    # Data sets in COCO format: a list of [name, annotation file, picture folder]. The names can then be used
+    # Datasets in COCO format: a list of [name, annotation file, image folder]. The names can then be used
     # in DATASETS.TRAIN and DATASETS.TEST like Detectron2's own.
     cfg.DATASETS.COCO_FORMAT = []
 

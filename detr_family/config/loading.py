@@ -91,10 +91,10 @@ def class_names(cfg: CfgNode) -> list[str] | None:
     """Names of the classes, as the metadata of the first training set says, else that of the first test set.
 
     Returns:
-        The names in contiguous order, or None where there is no data set or it has no names.
+        The names in contiguous order, or None where there is no dataset or it has no names.
 
     Raises:
-        ValueError: no data set can be asked: none is registered, or their annotation files cannot be read.
+        ValueError: no dataset can be asked: none is registered, or their annotation files cannot be read.
     """
     errors = []
     asked = (*cfg.DATASETS.TRAIN[:1], *cfg.DATASETS.TEST[:1])
@@ -102,8 +102,8 @@ def class_names(cfg: CfgNode) -> list[str] | None:
         if name not in DatasetCatalog.list():
             errors.append(
                 ValueError(
-                    f"data set {name!r} is not registered: name it in DATASETS.COCO_FORMAT with its annotation file "
-                    "and picture folder, or correct DATASETS.TRAIN / DATASETS.TEST"
+                    f"dataset {name!r} is not registered: name it in DATASETS.COCO_FORMAT with its annotation file "
+                    "and image folder, or correct DATASETS.TRAIN / DATASETS.TEST"
                 )
             )
             continue
@@ -122,10 +122,10 @@ def class_names(cfg: CfgNode) -> list[str] | None:
 
 
 def num_classes(cfg: CfgNode) -> int:
-    """MODEL.DETR.NUM_CLASSES, or where that is -1 the number of classes that the data set's metadata names.
+    """MODEL.DETR.NUM_CLASSES, or where that is -1 the number of classes that the dataset's metadata names.
 
     Raises:
-        ValueError: neither the key nor a data set tells, or the key is 0 or below -1.
+        ValueError: neither the key nor a dataset tells, or the key is 0 or below -1.
     """
     if cfg.MODEL.DETR.NUM_CLASSES != -1:
         if cfg.MODEL.DETR.NUM_CLASSES < 1:
@@ -134,17 +134,17 @@ def num_classes(cfg: CfgNode) -> int:
     names = class_names(cfg)
     if names is None:
         raise ValueError(
-            "MODEL.DETR.NUM_CLASSES is -1 and no data set in DATASETS.TRAIN or DATASETS.TEST names its classes: "
+            "MODEL.DETR.NUM_CLASSES is -1 and no dataset in DATASETS.TRAIN or DATASETS.TEST names its classes: "
             "set one of the two"
         )
     return len(names)
 
 
 def check_class_count(cfg: CfgNode) -> None:
-    """Compare MODEL.DETR.NUM_CLASSES with the data set's metadata.
+    """Compare MODEL.DETR.NUM_CLASSES with the dataset's metadata.
 
     Raises:
-        ValueError: they disagree; the message has the data set's contiguous ids and names.
+        ValueError: they disagree; the message has the dataset's contiguous ids and names.
     """
     names = class_names(cfg)
     count = num_classes(cfg)

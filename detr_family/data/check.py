@@ -1,7 +1,7 @@
-"""What is odd about a data set: counts, and findings that name the entries at fault.
+"""What is odd about a dataset: counts, and findings that name the entries at fault.
 
 Two depths. `annotation_findings` looks at what is already in memory, so that a training can say it before its
-first step; `picture_findings` opens and decodes every picture.
+first step; `image_findings` opens and decodes every image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from detr_family.data.datasets.coco_json import (
     read_categories,
     scan_coco_json,
 )
-from detr_family.data.images import read_picture
+from detr_family.data.images import read_image
 
 NAMED_EXAMPLES = 5
 _FEW_BOXES = 10  # of a class: too few to learn it from
@@ -36,7 +36,7 @@ _SMALL, _LARGE = 32.0**2, 96.0**2  # COCO's borders of area, square pixels
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a user should know of a data set.
+    """Something that a user should know of a dataset.
 
     Attributes:
         level: "error" (training or evaluation will stop or be wrong), "warning" (look at it) or "note".
@@ -61,7 +61,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class DatasetPart:
-    """One registered data set as it was read.
+    """One registered dataset as it was read.
 
     Attributes:
         name: the registered name.
@@ -69,7 +69,7 @@ class DatasetPart:
         records: Detectron2's dataset dicts.
         class_names: by class number.
         category_ids: the file's own id of each class number; empty where unknown.
-        scan: what the COCO-format file held; None for data sets that come from elsewhere.
+        scan: what the COCO-format file held; None for datasets that come from elsewhere.
     """
 
     name: str
@@ -81,13 +81,13 @@ class DatasetPart:
 
 
 def read_part(name: str, training: bool) -> DatasetPart:
-    """Reads a registered data set for checking; a COCO file is read by this package whoever registered it.
+    """Reads a registered dataset for checking; a COCO file is read by this package whoever registered it.
 
     Raises:
         ValueError: its file is at fault or not here.
     """
     if name not in DatasetCatalog:
-        raise ValueError(f"{name!r} is no registered data set: add it to DATASETS.COCO_FORMAT, or correct the name.")
+        raise ValueError(f"{name!r} is no registered dataset: add it to DATASETS.COCO_FORMAT, or correct the name.")
     metadata = MetadataCatalog.get(name)
     json_file, root = metadata.__dict__.get("json_file"), metadata.__dict__.get("image_root")
     if json_file and root is not None and metadata.get("evaluator_type") == "coco":
@@ -97,7 +97,7 @@ def read_part(name: str, training: bool) -> DatasetPart:
     try:
         records = DatasetCatalog.get(name)
     except FileNotFoundError as error:
-        raise ValueError(f"The data set {name!r} is not here ({error}).") from error
+        raise ValueError(f"The dataset {name!r} is not here ({error}).") from error
     return DatasetPart(name, training, records, list(metadata.get("thing_classes", [])), [])
 
 
@@ -116,22 +116,22 @@ def boxes_of(record: dict[str, Any]) -> list[tuple[int, list[float], bool]]:
 
 
 def statistics(part: DatasetPart) -> dict[str, Any]:
-    """Counts and sizes of a data set, in plain types that JSON can hold.
+    """Counts and sizes of a dataset, in plain types that JSON can hold.
 
     Returns:
-        pictures, pictures_without_objects, boxes (crowd regions not counted), crowd_regions, and where there
+        images, pictures_without_objects, boxes (crowd regions not counted), crowd_regions, and where there
         are any: picture_sides and box_sides (least, median and greatest in pixels), boxes_per_picture
         (mean and greatest), boxes_by_area (COCO's small, medium, large), and classes: a dict for each with
-        name, id, boxes and pictures.
+        name, id, boxes and images.
     """
-    boxes, pictures = Counter[int](), Counter[int]()
+    boxes, images = Counter[int](), Counter[int]()
     sides, counts, crowd = [], [], 0
     for record in part.records:
         own = [(number, box) for number, box, is_crowd in boxes_of(record) if not is_crowd]
         crowd += len(record.get("annotations", ())) - len(own)
         counts.append(len(own))
         boxes.update(number for number, _ in own)
-        pictures.update({number for number, _ in own})
+        images.update({number for number, _ in own})
         sides += [box[2:4] for _, box in own]
     result: dict[str, Any] = {
         "role": "train" if part.training else "test",
@@ -158,7 +158,7 @@ def statistics(part: DatasetPart) -> dict[str, Any]:
         }
     ids: Sequence[int | None] = part.category_ids or [None] * len(part.class_names)
     result["classes"] = [
-        {"name": name, "id": identifier, "boxes": boxes[number], "pictures": pictures[number]}
+        {"name": name, "id": identifier, "boxes": boxes[number], "pictures": images[number]}
         for number, (name, identifier) in enumerate(zip(part.class_names, ids, strict=True))
     ]
     return result
@@ -169,11 +169,11 @@ def _spread(values: Sequence[float] | np.ndarray) -> list[float]:
 
 
 def annotation_findings(parts: Sequence[DatasetPart], num_queries: int | None = None) -> list[Finding]:
-    """What can be found without opening a picture.
+    """What can be found without opening an image.
 
     Args:
-        parts: the data sets of a run.
-        num_queries: of the detector (MODEL.DETR.NUM_QUERIES), to compare with the fullest picture.
+        parts: the datasets of a run.
+        num_queries: of the detector (MODEL.DETR.NUM_QUERIES), to compare with the fullest image.
     """
     findings = []
     for part in parts:
@@ -199,7 +199,7 @@ def _scan_findings(part: DatasetPart, scan: CocoScan) -> list[Finding]:
         text = f"{len(scan.repeated_ids)} annotation ids are given more than once"
         found.append(_finding("warning", "repeated_annotation_ids", part, scan.repeated_ids, text))
     if scan.without_size:
-        text = f"{len(scan.without_size)} pictures have no width and height in the file: their headers are read instead"
+        text = f"{len(scan.without_size)} images have no width and height in the file: their headers are read instead"
         found.append(_finding("note", "pictures_without_size", part, scan.without_size, text))
     renamed = [name for name, i in zip(part.class_names, part.category_ids, strict=True) if name.endswith(f"(id {i})")]
     if renamed:
@@ -229,20 +229,20 @@ def _record_findings(part: DatasetPart, num_queries: int | None) -> list[Finding
     found = []
     again = [name for name, count in seen.items() if count > 1]
     if again:
-        text = f"{len(again)} picture files have several image entries: join their annotations under one"
+        text = f"{len(again)} image files have several image entries: join their annotations under one"
         found.append(_finding("warning", "repeated_pictures", part, again, text))
     if crowded:
         text = (
-            f"{len(crowded)} pictures have more objects than the detector has queries ({num_queries}); the rest "
+            f"{len(crowded)} images have more objects than the detector has queries ({num_queries}); the rest "
             "can never be found: raise MODEL.DETR.NUM_QUERIES"
         )
         found.append(_finding("warning", "more_objects_than_queries", part, crowded, text))
     if doubled:
-        text = f"{len(doubled)} pictures have the same box with the same class more than once"
+        text = f"{len(doubled)} images have the same box with the same class more than once"
         found.append(_finding("warning", "repeated_boxes", part, doubled, text))
     if boxes and largest <= 1.0:
         text = (
-            "no coordinate is above 1: the boxes seem to be fractions of the picture, but COCO's format has "
+            "no coordinate is above 1: the boxes seem to be fractions of the image, but COCO's format has "
             "pixels (x, y, width, height)"
         )
         found.append(Finding("error", "boxes_in_fractions", part.name, sum(boxes.values()), text))
@@ -263,13 +263,13 @@ def _record_findings(part: DatasetPart, num_queries: int | None) -> list[Finding
             text = f"{len(few)} classes have fewer than {_FEW_BOXES} boxes"
             found.append(_finding("note", "classes_with_few_boxes", part, few, text))
         if 2 * empty > len(part.records):
-            text = f"{empty} of {len(part.records)} pictures have no object"
+            text = f"{empty} of {len(part.records)} images have no object"
             found.append(Finding("note", "mostly_without_objects", part.name, empty, text))
     return found
 
 
 def _overlap(parts: Sequence[DatasetPart], keys: dict[str, Sequence[str]], what: str) -> list[Finding]:
-    """Pictures of a training set that a test set has, too; `keys` has one key per picture, "" for none."""
+    """Images of a training set that a test set has, too; `keys` has one key per image, "" for none."""
     found = []
     for test in parts:
         for train in parts:
@@ -279,7 +279,7 @@ def _overlap(parts: Sequence[DatasetPart], keys: dict[str, Sequence[str]], what:
             shared = [r["file_name"] for r, key in zip(test.records, keys[test.name], strict=True) if key in trained]
             if shared and train.name != test.name:
                 text = (
-                    f"{len(shared)} of {len(test.records)} test pictures are training pictures, too (the same {what}): "
+                    f"{len(shared)} of {len(test.records)} test images are training images, too (the same {what}): "
                     "results on them say nothing"
                 )
                 both = f"{train.name} / {test.name}"
@@ -288,15 +288,15 @@ def _overlap(parts: Sequence[DatasetPart], keys: dict[str, Sequence[str]], what:
     return found
 
 
-def picture_findings(parts: Sequence[DatasetPart], workers: int = 4, progress: bool = True) -> list[Finding]:
-    """Opens and decodes every picture: missing, unreadable, of another size, and the same content twice.
+def image_findings(parts: Sequence[DatasetPart], workers: int = 4, progress: bool = True) -> list[Finding]:
+    """Opens and decodes every image: missing, unreadable, of another size, and the same content twice.
 
     The content is that of the decoded pixels: a file that was only compressed anew or renamed is found too, as
     long as not one pixel differs.
 
     Args:
-        parts: the data sets of a run.
-        workers: pictures read at a time.
+        parts: the datasets of a run.
+        workers: images read at a time.
         progress: show a bar where stderr is a terminal, once it takes more than two seconds.
     """
     findings = []
@@ -305,7 +305,7 @@ def picture_findings(parts: Sequence[DatasetPart], workers: int = 4, progress: b
         for part in parts:
             looked: Iterable[tuple[str, str, str]] = pool.map(_look, part.records)
             bar = tqdm(
-                looked, f"reading pictures of {part.name}", len(part.records), delay=2, disable=not progress or None
+                looked, f"reading images of {part.name}", len(part.records), delay=2, disable=not progress or None
             )
             results = list(bar)
             faults: dict[str, list[str]] = defaultdict(list)
@@ -314,9 +314,9 @@ def picture_findings(parts: Sequence[DatasetPart], workers: int = 4, progress: b
                     faults[kind].append(text)
             for kind, texts in faults.items():
                 what = {
-                    "missing": "pictures are missing",
-                    "unreadable": "pictures cannot be used",
-                    "size": "pictures are of another size than the file says (after turning by EXIF orientation)",
+                    "missing": "images are missing",
+                    "unreadable": "images cannot be used",
+                    "size": "images are of another size than the file says (after turning by EXIF orientation)",
                 }[kind]
                 findings.append(_finding("error", f"{kind}_pictures", part, texts, f"{len(texts)} {what}"))
             digests[part.name] = [digest for _, _, digest in results]
@@ -330,7 +330,7 @@ def _look(record: dict[str, Any]) -> tuple[str, str, str]:
     if not os.path.isfile(path):
         return "missing", path, ""
     try:
-        pixels = read_picture(path, "RGB")
+        pixels = read_image(path, "RGB")
     except ValueError as error:
         return "unreadable", str(error), ""
     height, width = pixels.shape[:2]
@@ -349,4 +349,4 @@ def _same_content(part: DatasetPart, digests: Sequence[str]) -> list[Finding]:
     same = [" = ".join(names) for names in groups.values() if len(names) > 1]
     if not same:
         return []
-    return [_finding("warning", "duplicate_pictures", part, same, f"{len(same)} pictures are there more than once")]
+    return [_finding("warning", "duplicate_pictures", part, same, f"{len(same)} images are there more than once")]

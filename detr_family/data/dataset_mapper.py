@@ -1,6 +1,6 @@
 """From a dataset dict to what the detectors take in, with DETR's augmentation (arXiv 2005.12872, A.4).
 
-Detectron2's DatasetMapper with one difference: in training, half of the pictures are first resized to a
+Detectron2's DatasetMapper with one difference: in training, half of the images are first resized to a
 shorter side of `INPUT.CROP.RESIZE` and cropped (`INPUT.CROP.TYPE`, `INPUT.CROP.SIZE`); all are then resized
 to a shorter side of `INPUT.MIN_SIZE_TRAIN` and flipped half of the time. The official code flips first: the
 same in distribution, as where the crop lies is as likely left as right.
@@ -17,22 +17,22 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
 from torch.utils.data import DataLoader
 
-from detr_family.data.images import PictureError, check_depth, unreadable
+from detr_family.data.images import ImageError, check_depth, unreadable
 
 _CROP_PROBABILITY = 0.5
 _REMEDY = (
-    "Restore the file, or remove its entry from the annotation file; the picture folder is given in "
-    "DATASETS.COCO_FORMAT. tools/check_dataset.py lists all such pictures."
+    "Restore the file, or remove its entry from the annotation file; the image folder is given in "
+    "DATASETS.COCO_FORMAT. tools/check_dataset.py lists all such images."
 )
-# The longer side before a crop, in units of the shorter: a picture of 10000x20 must not become one of 200000x400.
+# The longer side before a crop, in units of the shorter: an image of 10000x20 must not become one of 200000x400.
 _LONGEST_BEFORE_CROP = 16
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's, for pictures of any shape: none comes out with a side of 0 pixels."""
+    """Detectron2's, for images of any shape: none comes out with a side of 0 pixels."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        """The resizing of one picture, (H, W) or (H, W, C)."""
+        """The resizing of one image, (H, W) or (H, W, C)."""
         transform = super().get_transform(image)
         if isinstance(transform, T.ResizeTransform) and not (transform.new_h and transform.new_w):
             height, width = max(transform.new_h, 1), max(transform.new_w, 1)
@@ -46,7 +46,7 @@ class DETRDatasetMapper(DatasetMapper):
     The result keeps file_name, height, width and image_id, and has
 
     * image: uint8 tensor (C, H, W) in `INPUT.FORMAT`, after augmentation,
-    * instances (training only): with gt_boxes (absolute x1, y1, x2, y2 in the augmented picture) and
+    * instances (training only): with gt_boxes (absolute x1, y1, x2, y2 in the augmented image) and
       gt_classes. Crowd annotations and boxes that the crop left empty are gone; none left is a legal result.
     """
 
@@ -82,10 +82,10 @@ class DETRDatasetMapper(DatasetMapper):
         """See class.
 
         Args:
-            dataset_dict: one picture in Detectron2's dataset format; left as it is.
+            dataset_dict: one image in Detectron2's dataset format; left as it is.
 
         Raises:
-            PictureError: the picture is missing, damaged, of 16 or more bits a channel, or of another size than
+            ImageError: the image is missing, damaged, of 16 or more bits a channel, or of another size than
                 the dict says; with the file's name.
         """
         path = str(dataset_dict["file_name"])
@@ -93,8 +93,8 @@ class DETRDatasetMapper(DatasetMapper):
         try:
             mapped: dict[str, Any] = super().__call__(copy.copy(dataset_dict))
         except SizeMismatchError as error:
-            raise PictureError(
-                f"{path}: {error} (Sizes are compared after turning the picture by its EXIF orientation.)"
+            raise ImageError(
+                f"{path}: {error} (Sizes are compared after turning the image by its EXIF orientation.)"
             ) from error
         except Exception as error:  # whatever a damaged file makes the decoder raise
             raise unreadable(path, error, _REMEDY) from error
@@ -102,13 +102,13 @@ class DETRDatasetMapper(DatasetMapper):
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Batches of a test set, each picture on one process once.
+    """Batches of a test set, each image on one process once.
 
-    Only pictures of one size share a batch: then nothing is padded, and the results are those of one by one. (What is
+    Only images of one size share a batch: then nothing is padded, and the results are those of one by one. (What is
     padding is masked, but the backbone's convolutions see it.)
 
     Args:
-        cfg: reads INPUT.*, TEST.IMS_PER_BATCH (pictures together, on each process) and DATALOADER.NUM_WORKERS.
+        cfg: reads INPUT.*, TEST.IMS_PER_BATCH (images together, on each process) and DATALOADER.NUM_WORKERS.
         dataset_name: a registered name.
 
     Raises:

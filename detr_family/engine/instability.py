@@ -21,18 +21,18 @@ from detr_family.modeling.set_detector import SetDetector
 class MatchingInstability(HookBase):
     """Records IS at the end of every epoch, as `matching_instability` in the metrics.
 
-    Each picture has a vector V: V_n = m where the last decoder layer's query n is matched to box m, -1 where it is
+    Each image has a vector V: V_n = m where the last decoder layer's query n is matched to box m, -1 where it is
     matched to none. IS is the number of n for which V_n differs from the epoch before, averaged over always the same
-    pictures, which are shown without augmentation to the model in evaluation mode. The first epoch has none.
+    images, which are shown without augmentation to the model in evaluation mode. The first epoch has none.
 
     Args:
-        dicts: the pictures, in Detectron2's dataset format with annotations.
+        dicts: the images, in Detectron2's dataset format with annotations.
         mapper: makes the model's input of each, with `instances`.
         period: iterations in an epoch.
-        batch_size: pictures shown at once.
+        batch_size: images shown at once.
 
     Raises:
-        ValueError: no picture.
+        ValueError: no image.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MatchingInstability(HookBase):
         batch_size: int,
     ) -> None:
         if not dicts:
-            raise ValueError("matching instability needs at least one picture (TEST.INSTABILITY_IMAGES)")
+            raise ValueError("matching instability needs at least one image (TEST.INSTABILITY_IMAGES)")
         self.dicts = dicts
         self.mapper = mapper
         self.period = period
@@ -57,12 +57,12 @@ class MatchingInstability(HookBase):
             value = self.measure(self.trainer.model)
             if value is not None:
                 self.trainer.storage.put_scalar("matching_instability", value, smoothing_hint=False)
-                logging.getLogger(__name__).info("Matching instability IS %.2f of %d pictures", value, len(self.dicts))
+                logging.getLogger(__name__).info("Matching instability IS %.2f of %d images", value, len(self.dicts))
 
     def measure(self, model: nn.Module) -> float | None:
         """IS between the last call and this one; None at the first.
 
-        Every process shows its share of the pictures; all of them have to call.
+        Every process shows its share of the images; all of them have to call.
         """
         now = matchings(model, self.share(), self.mapper, self.batch_size)
         before, self.previous = self.previous, now
@@ -72,7 +72,7 @@ class MatchingInstability(HookBase):
         return sum(comm.all_gather(changed)) / len(self.dicts)
 
     def share(self) -> Sequence[dict[str, Any]]:
-        """This process's pictures."""
+        """This process's images."""
         return self.dicts[comm.get_rank() :: comm.get_world_size()]
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class MatchingInstability(HookBase):
         return {} if self.previous is None else {"previous": self.previous}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of `state_dict`; matchings of other pictures than now are forgotten."""
+        """The reverse of `state_dict`; matchings of other images than now are forgotten."""
         previous = state.get("previous")
         if previous is not None and len(previous) == len(self.share()):
             self.previous = previous
@@ -93,7 +93,7 @@ def matchings(
     mapper: Callable[[dict[str, Any]], dict[str, Any]],
     batch_size: int,
 ) -> list[Tensor]:
-    """V of every picture: (Q,) int64, the box that each query of the last layer is matched to, -1 for none."""
+    """V of every image: (Q,) int64, the box that each query of the last layer is matched to, -1 for none."""
     detector = model.module if isinstance(model, DistributedDataParallel) else model
     assert isinstance(detector, SetDetector)
     was_training = detector.training
@@ -120,12 +120,12 @@ def matchings(
 def build_instability_hook(
     cfg: CfgNode, dataset: Sequence[dict[str, Any]], images_per_process: int
 ) -> MatchingInstability | None:
-    """The hook for TEST.INSTABILITY_IMAGES pictures of a training set, evenly spaced; None where that is 0.
+    """The hook for TEST.INSTABILITY_IMAGES images of a training set, evenly spaced; None where that is 0.
 
     Args:
         cfg: whose schedule is in iterations.
-        dataset: the training pictures.
-        images_per_process: pictures shown at once.
+        dataset: the training images.
+        images_per_process: images shown at once.
     """
     count = min(cfg.TEST.INSTABILITY_IMAGES, len(dataset))
     if count <= 0:

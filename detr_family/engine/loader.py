@@ -14,7 +14,7 @@ from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from detr_family.engine.randomness import ORDER, PICTURE, seeded
+from detr_family.engine.randomness import IMAGE, ORDER, seeded
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -22,9 +22,9 @@ Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 class TrainLoader:
     """An endless series of batches that depends on the seed and the position, not on what was read before.
 
-    Detectron2's sampler (DATALOADER.SAMPLER_TRAIN) orders the pictures; they are dealt out to processes batch by batch,
+    Detectron2's sampler (DATALOADER.SAMPLER_TRAIN) orders the images; they are dealt out to processes batch by batch,
     so that one process with eight batches to accumulate sees what eight processes see. Aspect ratios are
-    grouped by the sizes in the data set, before a picture is read. Every picture is augmented with random numbers of
+    grouped by the sizes in the dataset, before an image is read. Every image is augmented with random numbers of
     its place in the order.
 
     Args:
@@ -34,7 +34,7 @@ class TrainLoader:
 
     Attributes:
         seed: of the order and the augmentation; SEED, or 0 where that is negative, until it is set.
-        pictures: how many pictures of the order all processes have had; where iterating starts. It is for
+        images: how many images of the order all processes have had; where iterating starts. It is for
             whoever takes the batches to keep count.
     """
 
@@ -43,7 +43,7 @@ class TrainLoader:
         self.dataset = DatasetFromList(list(dataset), copy=False)
         self.mapper = mapper
         self.seed = max(cfg.SEED, 0)
-        self.pictures = 0
+        self.images = 0
         self.batch_size = cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.ACCUMULATION_STEPS)
         self.sizes = None
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
@@ -54,7 +54,7 @@ class TrainLoader:
         return iter(
             DataLoader(
                 _Augmented(self.dataset, self.mapper, self.seed),
-                batch_sampler=_Batches(order, self.batch_size, self.pictures, self.sizes),
+                batch_sampler=_Batches(order, self.batch_size, self.images, self.sizes),
                 num_workers=self.cfg.DATALOADER.NUM_WORKERS,
                 collate_fn=trivial_batch_collator,
                 generator=torch.Generator(),  # leaves the global one alone
@@ -78,13 +78,13 @@ def _order(cfg: CfgNode, dataset: Dataset[Any], seed: int) -> Callable[[], Itera
 
 
 class _Batches(Sampler[list[tuple[int, int]]]):
-    """This process's batches of (position in the order, index into the data set).
+    """This process's batches of (position in the order, index into the dataset).
 
     Args:
         order: gives the endless order of indices.
-        batch_size: pictures in a batch of one process.
-        start: pictures that all processes together have had before.
-        sizes: width and height of each picture, to put wide and tall ones in different batches; None mixes them.
+        batch_size: images in a batch of one process.
+        start: images that all processes together have had before.
+        sizes: width and height of each image, to put wide and tall ones in different batches; None mixes them.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class _Batches(Sampler[list[tuple[int, int]]]):
 
 
 class _Augmented(Dataset[dict[str, Any]]):
-    """Maps a place to the augmented picture there."""
+    """Maps a place to the augmented image there."""
 
     def __init__(self, dataset: Dataset[dict[str, Any]], mapper: Mapper, seed: int) -> None:
         self.dataset = dataset
@@ -128,5 +128,5 @@ class _Augmented(Dataset[dict[str, Any]]):
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         position, index = place
-        with seeded(self.seed, PICTURE, position):
+        with seeded(self.seed, IMAGE, position):
             return self.mapper(self.dataset[index])

@@ -1,6 +1,6 @@
 """Random numbers that depend on where in the training they are drawn, and on nothing else.
 
-Every part of a step and every picture's augmentation starts its generators from the run's seed and its own place
+Every part of a step and every image's augmentation starts its generators from the run's seed and its own place
 in the training. So a resumed run draws what an uninterrupted one would have drawn, whatever came between (evaluation,
 hooks), whatever the number of data workers and however far they had read ahead; and nothing but the seed and
 the position needs to be stored.
@@ -17,7 +17,7 @@ import torch
 from detectron2.utils import comm
 
 # What random numbers are for: the same place may need different ones.
-PICTURE, STEP, ORDER = 0, 1, 2
+IMAGE, STEP, ORDER = 0, 1, 2
 
 
 def run_seed(seed: int) -> int:

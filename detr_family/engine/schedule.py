@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 
 
 def iterations_from_epochs(cfg: CfgNode, num_images: int) -> CfgNode:
-    """A copy of `cfg` whose schedule is in iterations, for a training set of `num_images` pictures.
+    """A copy of `cfg` whose schedule is in iterations, for a training set of `num_images` images.
 
     An epoch has num_images // SOLVER.IMS_PER_BATCH iterations, at least 1; like the releases it drops a last
     batch that is not full. Keys in epochs that are 0 or empty leave Detectron2's keys as they are. Drops
@@ -37,7 +37,7 @@ def iterations_from_epochs(cfg: CfgNode, num_images: int) -> CfgNode:
     if frozen:
         cfg.freeze()
     logging.getLogger(__name__).info(
-        "%d training pictures in batches of %d: %d iterations an epoch, %d in all, learning rate drops at %s",
+        "%d training images in batches of %d: %d iterations an epoch, %d in all, learning rate drops at %s",
         num_images,
         solver.IMS_PER_BATCH,
         per_epoch,

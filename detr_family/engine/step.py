@@ -25,7 +25,7 @@ PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class NotFiniteError(UserError, FloatingPointError):
-    """A loss or gradient that is not finite; the message says which, on what pictures, and what to set."""
+    """A loss or gradient that is not finite; the message says which, on what images, and what to set."""
 
 
 class TrainStep(SimpleTrainer):
@@ -163,7 +163,7 @@ class TrainStep(SimpleTrainer):
 
     def _report(self, bad: str, value: float, values: dict[str, Tensor], batch: list[dict[str, Any]]) -> str:
         """Save this rank's batch and say in one line what is known."""
-        pictures = [str(x.get("file_name", "?")) for x in batch]
+        images = [str(x.get("file_name", "?")) for x in batch]
         path = os.path.join(self.output_dir, f"nonfinite_iter{self.iter}_rank{comm.get_rank()}.pth")
         os.makedirs(self.output_dir, exist_ok=True)
         plain = [{k: v for k, v in x.items() if k != "instances"} for x in batch]
@@ -174,7 +174,7 @@ class TrainStep(SimpleTrainer):
         rates = sorted({group["lr"] for group in self.optimizer.param_groups}, reverse=True)
         return (
             f"{bad} is {value} at iteration {self.iter}, learning rate {' and '.join(f'{x:g}' for x in rates)}, "
-            f"on the pictures {', '.join(pictures)}; this batch is saved in {path}"
+            f"on the images {', '.join(images)}; this batch is saved in {path}"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,21 +42,21 @@ class Trainer(DefaultTrainer):
     """Trains any of the detectors; hooks, writers and evaluation are Detectron2's.
 
     What differs: the schedule may be given in epochs, released checkpoints load, the training step is
-    `TrainStep`, several processes work without GPUs, the data set is checked before the first step, the weights
+    `TrainStep`, several processes work without GPUs, the dataset is checked before the first step, the weights
     may be averaged, and a run that was stopped and resumed gives what one that was not would have given.
 
     A resumed run takes its settings from the configuration, not from the checkpoint, and logs those that differ.
 
     Args:
-        cfg: a configuration with detr_family's keys, whose data sets are registered.
+        cfg: a configuration with detr_family's keys, whose datasets are registered.
 
     Raises:
-        ValueError: class counts that disagree, a data set or a setting that cannot be trained with.
+        ValueError: class counts that disagree, a dataset or a setting that cannot be trained with.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own __init__ makes its own step, checkpointer and DDP wrapper, and has no place
-        # for the data set's size between the configuration and the schedule.
+        # for the dataset's size between the configuration and the schedule.
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_batch_size(cfg)
@@ -64,7 +64,7 @@ class Trainer(DefaultTrainer):
         dataset = training_dicts(cfg)
         self.cfg = cfg = iterations_from_epochs(cfg, len(dataset))
         self.seed = run_seed(cfg.SEED)
-        self.pictures = 0  # taken by all processes
+        self.images = 0  # taken by all processes
         _logger.info("The seed of this run is %d; SEED %d repeats it", self.seed, self.seed)
 
         model = self.build_model(cfg)
@@ -125,7 +125,7 @@ class Trainer(DefaultTrainer):
     def run_step(self) -> None:
         """One step of all processes."""
         super().run_step()
-        self.pictures += self.cfg.SOLVER.IMS_PER_BATCH
+        self.images += self.cfg.SOLVER.IMS_PER_BATCH
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the newest whole checkpoint in OUTPUT_DIR, else start from the weights in MODEL.WEIGHTS.
@@ -142,7 +142,7 @@ class Trainer(DefaultTrainer):
         return {
             **super().state_dict(),
             "seed": self.seed,
-            "pictures": self.pictures,
+            "pictures": self.images,
             "parameters": self._trained_names(),
             "recipe": _recipe(self.cfg),
         }
@@ -163,13 +163,13 @@ class Trainer(DefaultTrainer):
                 group.update(setting)
             for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
                 group["lr"] = rate
-        self.pictures = state_dict.get("pictures", (self.iter + 1) * self.cfg.SOLVER.IMS_PER_BATCH)
+        self.images = state_dict.get("pictures", (self.iter + 1) * self.cfg.SOLVER.IMS_PER_BATCH)
         seed = state_dict.get("seed", self.seed)
         if seed != self.seed:
             _logger.info("The run goes on with the seed %d that it was started with, not %d", seed, self.seed)
         self.seed = self._trainer.seed = seed
         if isinstance(self.data_loader, TrainLoader):
-            self.data_loader.seed, self.data_loader.pictures = seed, self.pictures
+            self.data_loader.seed, self.data_loader.images = seed, self.images
         self._log_changes(state_dict.get("recipe", {}))
 
     def _with_optimizer_by_name(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Pictures of a test set, TEST.IMS_PER_BATCH at a time."""
+        """Images of a test set, TEST.IMS_PER_BATCH at a time."""
         return build_test_loader(cfg, dataset_name)
 
     @classmethod

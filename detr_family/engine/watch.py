@@ -30,7 +30,7 @@ from detr_family.visualization.curves import write_csv, write_curves
 from detr_family.visualization.draw import draw_comparison, read_metrics
 from detr_family.visualization.report import write_report
 
-_PICTURES = 4
+_IMAGES = 4
 _LONGEST_SIDE = 1200  # of what TensorBoard gets, pixels
 _logger = logging.getLogger(__name__)
 
@@ -73,12 +73,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
 class PredictionDrawer(HookBase):
     """Draws predictions beside ground truth every VIS_PERIOD iterations.
 
-    They go to OUTPUT_DIR/vis/predictions_0000499.png (all pictures, one below the other) and, picture by picture,
-    to the writers that take pictures, TensorBoard's that is. The pictures are those of the first test set, else of
+    They go to OUTPUT_DIR/vis/predictions_0000499.png (all images, one below the other) and, image by image,
+    to the writers that take images, TensorBoard's that is. The images are those of the first test set, else of
     the training set, spread evenly over those with objects.
 
     Args:
-        cfg: a configuration whose data sets are registered.
+        cfg: a configuration whose datasets are registered.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -122,16 +122,16 @@ class PredictionDrawer(HookBase):
         threshold = min(0.5, float(scores[wanted - 1])) if wanted else 0.5
         drawn = []
         for record, prediction, truth in zip(self.records, predictions, truths, strict=True):
-            picture = draw_comparison(prediction.image, prediction.instances, truth, self.class_names, threshold)
-            picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-            drawn.append(picture)
-            pixels = np.asarray(picture).transpose(2, 0, 1)
+            image = draw_comparison(prediction.image, prediction.instances, truth, self.class_names, threshold)
+            image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+            drawn.append(image)
+            pixels = np.asarray(image).transpose(2, 0, 1)
             self.trainer.storage.put_image(f"predictions/{os.path.basename(str(record['file_name']))}", pixels)
         sheet = Image.new("RGB", (max(p.width for p in drawn), sum(p.height for p in drawn)), "white")
         top = 0
-        for picture in drawn:
-            sheet.paste(picture, (0, top))
-            top += picture.height
+        for image in drawn:
+            sheet.paste(image, (0, top))
+            top += image.height
         folder = Path(self.cfg.OUTPUT_DIR) / "vis"
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(folder / f"predictions_{self.trainer.iter:07d}.png")
@@ -145,8 +145,8 @@ class PredictionDrawer(HookBase):
                 _logger.warning("No predictions on %s are drawn: %s", name, error)
                 continue
             shown = [r for r in records if any(not a.get("iscrowd", 0) for a in r.get("annotations", ()))] or records
-            step = max(len(shown) // _PICTURES, 1)
-            self.records = list(shown[::step])[:_PICTURES]
+            step = max(len(shown) // _IMAGES, 1)
+            self.records = list(shown[::step])[:_IMAGES]
             self.class_names = list(MetadataCatalog.get(name).thing_classes)
             return
 
@@ -155,7 +155,7 @@ class RunWriter(HookBase):
     """Writes curves.png and metrics.csv every VIS_PERIOD iterations and at the end, and there report.html.
 
     Args:
-        cfg: a configuration whose data sets are registered.
+        cfg: a configuration whose datasets are registered.
     """
 
     def __init__(self, cfg: CfgNode) -> None:

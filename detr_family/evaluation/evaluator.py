@@ -1,7 +1,7 @@
 """Evaluation of boxes by Detectron2's evaluators, also where a user's annotation file is incomplete.
 
 pycocotools needs an id, an area and iscrowd in every annotation, takes an annotation with id 0 for an
-unmatched one, and gives wrong figures or none for repeated ids and NaN boxes. Data sets registered through
+unmatched one, and gives wrong figures or none for repeated ids and NaN boxes. Datasets registered through
 `DATASETS.COCO_FORMAT` are therefore evaluated on what their file was read as (see datasets/coco_json.py),
 with annotations numbered anew. Image and category ids stay the file's own in all results.
 """
@@ -20,15 +20,15 @@ from detr_family.data.datasets.coco import CocoFormatMetadata
 
 
 def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> DatasetEvaluator:
-    """The evaluator for a data set: COCO's box AP unless the data set brings its own protocol (LVIS, VOC).
+    """The evaluator for a dataset: COCO's box AP unless the dataset brings its own protocol (LVIS, VOC).
 
     Args:
         cfg: the whole config.
-        name: a registered data set's name.
+        name: a registered dataset's name.
         output_dir: where coco_instances_results.json goes; by default `inference_folder`.
 
     Raises:
-        ValueError: no evaluator for this kind of data set, or its annotation file is at fault.
+        ValueError: no evaluator for this kind of dataset, or its annotation file is at fault.
     """
     output_dir = output_dir or inference_folder(cfg, name)
     metadata = MetadataCatalog.get(name)
@@ -45,7 +45,7 @@ def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> D
 
 
 def inference_folder(cfg: CfgNode, name: str) -> str:
-    """Where the results on a data set go: OUTPUT_DIR/inference; of several sets, each into a folder below it."""
+    """Where the results on a dataset go: OUTPUT_DIR/inference; of several sets, each into a folder below it."""
     folder: str = os.path.join(cfg.OUTPUT_DIR, "inference")
     return os.path.join(folder, name) if len(cfg.DATASETS.TEST) > 1 else folder
 
@@ -61,7 +61,7 @@ class BoxEvaluator(COCOEvaluator):
 
 
 class CocoFormatEvaluator(BoxEvaluator):
-    """BoxEvaluator on a data set registered by register_coco_format.
+    """BoxEvaluator on a dataset registered by register_coco_format.
 
     Without annotations in its file only the predictions are written.
     """
@@ -90,13 +90,13 @@ class CocoFormatEvaluator(BoxEvaluator):
 
 
 def completed_annotations(dataset_name: str) -> dict[str, Any]:
-    """A registered data set in COCO's format, complete: annotation ids from 1, area and iscrowd in each.
+    """A registered dataset in COCO's format, complete: annotation ids from 1, area and iscrowd in each.
 
     Args:
         dataset_name: a name registered by register_coco_format.
 
     Returns:
-        What a COCO annotation file holds; without "annotations" where the data set's file has none.
+        What a COCO annotation file holds; without "annotations" where the dataset's file has none.
     """
     records = DatasetCatalog.get(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)

@@ -1,4 +1,4 @@
-"""How well single pictures are predicted, and which score threshold suits a detector."""
+"""How well single images are predicted, and which score threshold suits a detector."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-_MOST_DETECTIONS = 100  # of a picture, as in COCO's evaluation
+_MOST_DETECTIONS = 100  # of an image, as in COCO's evaluation
 IOU = 0.5
 
 
 @dataclass(frozen=True)
-class PictureScore:
-    """One picture at the threshold that is best for all together.
+class ImageScore:
+    """One image at the threshold that is best for all together.
 
     Attributes:
         record: its dataset dict.
@@ -37,21 +37,21 @@ class PictureScore:
 
 @dataclass(frozen=True)
 class SetScore:
-    """A test set at the score threshold with the highest F1 of all pictures together.
+    """A test set at the score threshold with the highest F1 of all images together.
 
     Attributes:
         threshold: least score.
         precision: share of detections that are right, in [0, 1].
         recall: share of objects that are found, in [0, 1].
         f1: their harmonic mean.
-        pictures: each picture at this threshold.
+        images: each image at this threshold.
     """
 
     threshold: float
     precision: float
     recall: float
     f1: float
-    pictures: list[PictureScore]
+    images: list[ImageScore]
 
 
 def match(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,10 +83,10 @@ def match(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray, scores: np.nd
     return right, ignored
 
 
-def score_pictures(
+def score_images(
     records: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], class_of: dict[int, int]
 ) -> SetScore:
-    """Scores a test set's pictures.
+    """Scores a test set's images.
 
     Args:
         records: Detectron2's dataset dicts with annotations whose boxes are x, y, width, height.
@@ -105,7 +105,7 @@ def score_pictures(
     counted = ~np.concatenate([ignored for _, _, _, ignored in judged] or [np.zeros(0, bool)])
     objects = sum(_objects(record) for record in records)
     threshold, precision, recall, f1 = _best_threshold(scores[counted], right[counted], objects)
-    pictures = []
+    images = []
     for record, found, is_right, ignored in judged:
         kept = np.asarray([d["score"] >= threshold for d in found], bool)
         hits, misses = int((kept & is_right).sum()), int((kept & ~is_right & ~ignored).sum())
@@ -115,9 +115,9 @@ def score_pictures(
             for entry, keep in zip(found, kept, strict=True)
             if keep
         ]
-        picture_f1 = 2 * hits / total if total else 1.0
-        pictures.append(PictureScore(record, shown, picture_f1, hits, _objects(record), misses))
-    return SetScore(threshold, precision, recall, f1, pictures)
+        image_f1 = 2 * hits / total if total else 1.0
+        images.append(ImageScore(record, shown, image_f1, hits, _objects(record), misses))
+    return SetScore(threshold, precision, recall, f1, images)
 
 
 def _objects(record: dict[str, Any]) -> int:

@@ -1,8 +1,8 @@
-"""Detectors in other programs: pictures in, Detectron2's `Instances` out, many at a time.
+"""Detectors in other programs: images in, Detectron2's `Instances` out, many at a time.
 
 ```python
 predictor = Predictor.from_config("output/cells/config.yaml", "output/cells/model_final.pth", batch_size=4)
-instances = predictor("picture.jpg")
+instances = predictor("image.jpg")
 print(predictor.names(instances), instances.scores, instances.pred_boxes)
 ```
 """
@@ -27,15 +27,15 @@ from detr_family.checkpoint import DETRCheckpointer, read_class_names
 from detr_family.config import load_config
 from detr_family.data.dataset_mapper import ResizeShortestEdge
 from detr_family.data.datasets.coco import register_datasets
-from detr_family.data.images import read_picture
+from detr_family.data.images import read_image
 
 # A path, or the pixels: (H, W, 3) uint8.
-Picture = str | os.PathLike[str] | np.ndarray
+ImageSource = str | os.PathLike[str] | np.ndarray
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was found in one picture.
+    """What was found in one image.
 
     Attributes:
         source: what was given: a path, or the array.
@@ -44,24 +44,24 @@ class Prediction:
             order and pred_classes.
     """
 
-    source: Picture
+    source: ImageSource
     image: np.ndarray
     instances: Instances
 
 
 class Predictor:
-    """Reads, resizes and batches pictures as an evaluation does, and runs a detector on them.
+    """Reads, resizes and batches images as an evaluation does, and runs a detector on them.
 
-    Only pictures of one size that follow each other share a batch: then nothing is padded, and the results are those
+    Only images of one size that follow each other share a batch: then nothing is padded, and the results are those
     of one by one. (What is padding is masked, but the backbone's convolutions see it.)
 
     Args:
         model: a detector with Detectron2's contract; it is put into evaluation mode.
         class_names: by class number; None where they are not known.
         input_format: the channel order that the model was trained with (INPUT.FORMAT), "RGB" or "BGR".
-        min_size: the shorter side that pictures are resized to, pixels (INPUT.MIN_SIZE_TEST); 0 leaves them.
+        min_size: the shorter side that images are resized to, pixels (INPUT.MIN_SIZE_TEST); 0 leaves them.
         max_size: the most that the longer side may then have (INPUT.MAX_SIZE_TEST).
-        batch_size: pictures that go through the model together, at most.
+        batch_size: images that go through the model together, at most.
 
     Raises:
         ValueError: a batch size below 1, or a channel order that is neither.
@@ -97,14 +97,14 @@ class Predictor:
     ) -> Predictor:
         """Builds the detector of a configuration and loads its weights.
 
-        The checkpoint says the class names, and with them the number of classes; the data sets need not be here.
-        Where it holds none, they are those of the data sets in the configuration.
+        The checkpoint says the class names, and with them the number of classes; the datasets need not be here.
+        Where it holds none, they are those of the datasets in the configuration.
 
         Args:
             config: a configuration, or a YAML file: one of configs/, or the config.yaml of a training.
             weights: the checkpoint; by default MODEL.WEIGHTS of the configuration.
             opts: KEY, VALUE, KEY, VALUE ..., where `config` is a file.
-            batch_size: pictures that go through the model together.
+            batch_size: images that go through the model together.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
@@ -127,60 +127,60 @@ class Predictor:
         DETRCheckpointer(model, whole=True, averaged=cfg.TEST.EMA).load(cfg.MODEL.WEIGHTS)
         return cls(
             model,
-            class_names=names or names_of_data_sets(cfg, model.num_classes),
+            class_names=names or names_of_datasets(cfg, model.num_classes),
             input_format=cfg.INPUT.FORMAT,
             min_size=cfg.INPUT.MIN_SIZE_TEST,
             max_size=cfg.INPUT.MAX_SIZE_TEST,
             batch_size=batch_size,
         )
 
-    def __call__(self, pictures: Picture | Sequence[Picture], array_format: str = "BGR") -> Any:
-        """Instances of one picture, or a list of them for a list.
+    def __call__(self, images: ImageSource | Sequence[ImageSource], array_format: str = "BGR") -> Any:
+        """Instances of one image, or a list of them for a list.
 
         Args:
-            pictures: a path, an array (H, W, 3) uint8, or a list of such.
+            images: a path, an array (H, W, 3) uint8, or a list of such.
             array_format: channel order of the arrays: "BGR", as cv2 and Detectron2's DefaultPredictor have
                 it, or "RGB".
 
         Returns:
-            `Instances` on the CPU with pred_boxes (x1, y1, x2, y2 in pixels of the picture as it was given),
+            `Instances` on the CPU with pred_boxes (x1, y1, x2, y2 in pixels of the image as it was given),
             scores and pred_classes; see `names` for the classes' names.
 
         Raises:
-            ValueError: a picture that cannot be read, an array of another shape or type.
+            ValueError: an image that cannot be read, an array of another shape or type.
         """
-        if isinstance(pictures, (str, os.PathLike, np.ndarray)):
-            return next(self.stream([pictures], array_format)).instances
-        return [prediction.instances for prediction in self.stream(pictures, array_format)]
+        if isinstance(images, (str, os.PathLike, np.ndarray)):
+            return next(self.stream([images], array_format)).instances
+        return [prediction.instances for prediction in self.stream(images, array_format)]
 
     def stream(
         self,
-        pictures: Iterable[Picture],
+        images: Iterable[ImageSource],
         array_format: str = "BGR",
-        on_error: Callable[[Picture, ValueError], None] | None = None,
+        on_error: Callable[[ImageSource, ValueError], None] | None = None,
     ) -> Iterator[Prediction]:
-        """Predictions one after the other, for more pictures than memory holds.
+        """Predictions one after the other, for more images than memory holds.
 
         Args:
-            pictures: paths or arrays, read as they are needed.
+            images: paths or arrays, read as they are needed.
             array_format: channel order of the arrays.
-            on_error: called with a picture that cannot be read, and why; the rest goes on. By default the
+            on_error: called with an image that cannot be read, and why; the rest goes on. By default the
                 error is raised.
         """
         _check_format(array_format, "array_format")
-        batch: list[tuple[Picture, np.ndarray]] = []
-        for picture in pictures:
+        batch: list[tuple[ImageSource, np.ndarray]] = []
+        for source in images:
             try:
-                image = self._pixels(picture, array_format)
+                image = self._pixels(source, array_format)
             except ValueError as error:
                 if on_error is None:
                     raise
-                on_error(picture, error)
+                on_error(source, error)
                 continue
             if batch and image.shape != batch[0][1].shape:
                 yield from self._predict(batch)
                 batch = []
-            batch.append((picture, image))
+            batch.append((source, image))
             if len(batch) == self.batch_size:
                 yield from self._predict(batch)
                 batch = []
@@ -192,17 +192,17 @@ class Predictor:
         numbers = instances.pred_classes.tolist()
         return [f"class {i}" if self.class_names is None else self.class_names[i] for i in numbers]
 
-    def _pixels(self, picture: Picture, array_format: str) -> np.ndarray:
-        if not isinstance(picture, np.ndarray):
-            return read_picture(os.fspath(picture), "RGB")
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+    def _pixels(self, source: ImageSource, array_format: str) -> np.ndarray:
+        if not isinstance(source, np.ndarray):
+            return read_image(os.fspath(source), "RGB")
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise ValueError(
-                f"an array of shape {picture.shape} and type {picture.dtype} is no picture: (height, width, 3) of "
+                f"an array of shape {source.shape} and type {source.dtype} is no image: (height, width, 3) of "
                 "uint8 is needed"
             )
-        return picture if array_format == "RGB" else picture[:, :, ::-1]
+        return source if array_format == "RGB" else source[:, :, ::-1]
 
-    def _predict(self, batch: Sequence[tuple[Picture, np.ndarray]]) -> Iterator[Prediction]:
+    def _predict(self, batch: Sequence[tuple[ImageSource, np.ndarray]]) -> Iterator[Prediction]:
         inputs = []
         for _, image in batch:
             seen = image if self.input_format == "RGB" else image[:, :, ::-1]
@@ -216,8 +216,8 @@ class Predictor:
             yield Prediction(source, np.ascontiguousarray(image), output["instances"].to("cpu"))
 
 
-def names_of_data_sets(cfg: CfgNode, count: int) -> list[str] | None:
-    """Class names of the first data set of a configuration that is here and has `count` of them."""
+def names_of_datasets(cfg: CfgNode, count: int) -> list[str] | None:
+    """Class names of the first dataset of a configuration that is here and has `count` of them."""
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         try:
             names = MetadataCatalog.get(name).get("thing_classes")

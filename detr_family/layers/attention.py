@@ -41,7 +41,7 @@ class ProjectedAttention(nn.Module):
             key: (B, S, E).
             value: (B, S, D).
             padding: (B, S) bool, True = this key is padding.
-            blocked: (Q, S) bool, True = this query does not see this key, in any picture.
+            blocked: (Q, S) bool, True = this query does not see this key, in any image.
 
         Returns:
             (B, Q, D).

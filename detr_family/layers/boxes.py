@@ -9,7 +9,7 @@ from torch import Tensor
 def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
     """GIoU of boxes that broadcast against each other: one pair per element, or a matrix with extra axes.
 
-    torchvision's `generalized_box_iou` pairs all with all, which costs batch x batch when several pictures
+    torchvision's `generalized_box_iou` pairs all with all, which costs batch x batch when several images
     are matched at once, and gives NaN for two boxes without area; fvcore's `giou_loss` adds an eps that is
     felt by small boxes in normalised coordinates.
 

@@ -43,7 +43,7 @@ def sine_of_coordinates(coordinates: Tensor, dim: int, temperature: float) -> Te
 class SinePositionEncoding(nn.Module):
     """Sine and cosine of the absolute position, half of the channels for y and half for x.
 
-    Positions count the unpadded pixels of each picture and are scaled to (0, 2 pi], so that a picture's
+    Positions count the unpadded pixels of each image and are scaled to (0, 2 pi], so that an image's
     encoding does not depend on what it is batched with.
 
     Args:

@@ -47,12 +47,12 @@ class ConditionalDETR(SetDetector):
         backbone: a Detectron2 backbone, of which the coarsest feature map is read.
         transformer: see `ConditionalTransformer`.
         position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
-        num_classes: K, classes of the data set.
+        num_classes: K, classes of the dataset.
         num_queries: Q.
         aux_loss: train the sets of the earlier decoder layers too.
         matcher: pairs predictions with ground truth.
         criterion: the loss of matched pairs.
-        topk: detections per picture, at most Q * K.
+        topk: detections per image, at most Q * K.
         pixel_mean: three means, in the channel order of the input.
         pixel_std: three standard deviations.
     """
@@ -123,7 +123,7 @@ class ConditionalDETR(SetDetector):
         }
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
-        """Predict a set of Q boxes per picture and decoder layer.
+        """Predict a set of Q boxes per image and decoder layer.
 
         Args:
             images: from `preprocess_image`.

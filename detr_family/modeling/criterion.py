@@ -49,7 +49,7 @@ def part_of_batch(box_counts: Sequence[int], parts: int) -> Iterator[None]:
     parts' losses is the loss of the whole batch: a part is to a process what a process is to the run.
 
     Args:
-        box_counts: boxes of every picture of this process's whole batch.
+        box_counts: boxes of every image of this process's whole batch.
         parts: how many parts it is computed in.
     """
     token = _whole_batch.set(_WholeBatch(box_counts, parts))

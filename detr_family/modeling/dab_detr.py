@@ -46,7 +46,7 @@ class DABDETR(SetDetector):
         backbone: a Detectron2 backbone, of which the coarsest feature map is read.
         transformer: see `DABTransformer`; its decoder holds the box head.
         position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
-        num_classes: K, classes of the data set.
+        num_classes: K, classes of the dataset.
         num_queries: anchors; with P patterns the predicted set has P times as many boxes.
         fix_centres: anchors' centres are drawn uniformly and never trained ("fixed x, y" of the paper's tables).
             The release has a setting of that name which freezes nothing, so its published figure had trained
@@ -55,7 +55,7 @@ class DABDETR(SetDetector):
         aux_loss: train the sets of the earlier decoder layers too.
         matcher: pairs predictions with ground truth.
         criterion: the loss of matched pairs.
-        topk: detections per picture.
+        topk: detections per image.
         pixel_mean: three means, in the channel order of the input.
         pixel_std: three standard deviations.
     """
@@ -143,7 +143,7 @@ class DABDETR(SetDetector):
         return torch.cat([self.fixed_centres, anchors[:, 2:]], dim=1)
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
-        """Predict a set of boxes per picture and decoder layer, one for every anchor and pattern.
+        """Predict a set of boxes per image and decoder layer, one for every anchor and pattern.
 
         Args:
             images: from `preprocess_image`.
@@ -169,8 +169,8 @@ def learned_anchors(num_queries: int, size: float) -> nn.Embedding:
 
     Args:
         num_queries: Q.
-        size: width and height of all at the start, as shares of the picture's, with centres spread evenly over it; 0
-            draws all four from a normal distribution, as the release does: boxes around half the picture's
+        size: width and height of all at the start, as shares of the image's, with centres spread evenly over it; 0
+            draws all four from a normal distribution, as the release does: boxes around half the image's
             size, most of them near its middle. An optimizer that moves a parameter by the learning rate at most, as
             AdamW, needs thousands of steps to make them small.
 
@@ -178,7 +178,7 @@ def learned_anchors(num_queries: int, size: float) -> nn.Embedding:
         ValueError: the size is none.
     """
     if not 0 <= size < 1:
-        raise ValueError(f"MODEL.DAB.ANCHOR_SIZE is {size}: a share of the picture's size is needed, or 0")
+        raise ValueError(f"MODEL.DAB.ANCHOR_SIZE is {size}: a share of the image's size is needed, or 0")
     anchors = nn.Embedding(num_queries, 4)
     if size:
         with torch.no_grad():

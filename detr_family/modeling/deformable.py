@@ -7,7 +7,7 @@
 - The encoder can propose the decoder's first boxes, one for every token (two-stage, section 4.2 and appendix A.4).
 
 How decoder layers are strung together is each paper's own. Sizes of the levels are lists of (height, width): nothing
-here waits for the device. Parameter names are the releases'. Letters: B pictures, Q queries, D channels, L levels,
+here waits for the device. Parameter names are the releases'. Letters: B images, Q queries, D channels, L levels,
 S tokens of all levels.
 """
 
@@ -26,15 +26,15 @@ from detr_family.layers.deformable_attention import MSDeformAttn
 
 @dataclass
 class Levels:
-    """How the tokens of a batch lie in their pictures.
+    """How the tokens of a batch lie in their images.
 
-    Pictures are padded at the right and below, so a picture fills the same share of every level, up to rounding.
+    Images are padded at the right and below, so an image fills the same share of every level, up to rounding.
 
     Attributes:
         shapes: (height, width) of each level in tokens, finest first.
-        padding: (B, S) bool, True = padding; None where no picture of the batch is padded.
-        valid_ratios: (B, L, 2), the share x, y of each level that the picture fills.
-        centres: (B, S, 2), the tokens' centres x, y in [0, 1] of the unpadded picture; above 1 in the padding.
+        padding: (B, S) bool, True = padding; None where no image of the batch is padded.
+        valid_ratios: (B, L, 2), the share x, y of each level that the image fills.
+        centres: (B, S, 2), the tokens' centres x, y in [0, 1] of the unpadded image; above 1 in the padding.
     """
 
     shapes: list[tuple[int, int]]
@@ -47,8 +47,8 @@ class Levels:
         """Describe levels by their masks.
 
         Args:
-            masks: (B, H, W) bool per level, True = padding; the first token of a picture is never padding.
-            padded: whether any token is padding, as the host knows from the pictures' sizes.
+            masks: (B, H, W) bool per level, True = padding; the first token of an image is never padding.
+            padded: whether any token is padding, as the host knows from the images' sizes.
         """
         ratios, centres = [], []
         for mask in masks:
@@ -72,7 +72,7 @@ class Levels:
         return list(itertools.accumulate((h * w for h, w in self.shapes[:-1]), initial=0))
 
     def on_levels(self, reference: Tensor) -> Tensor:
-        """Points or boxes of the unpadded picture, in the coordinates of each level with its padding.
+        """Points or boxes of the unpadded image, in the coordinates of each level with its padding.
 
         Args:
             reference: (B, Q, 2) as x, y or (B, Q, 4) as x, y, w, h.
@@ -150,7 +150,7 @@ class LevelProjections(nn.ModuleList):
         dim: D, a multiple of 4.
         num_levels: L. Where the backbone has more maps than that, the coarsest L are used.
         ignore_padding: padding does not count in the statistics of the normalisation and is not read by strided
-            convolutions, so that a picture's features do not depend on what it is batched with. The releases: False.
+            convolutions, so that an image's features do not depend on what it is batched with. The releases: False.
     """
 
     def __init__(self, channels: Sequence[int], dim: int, num_levels: int, *, ignore_padding: bool) -> None:
@@ -169,12 +169,12 @@ class LevelProjections(nn.ModuleList):
 
         Args:
             maps: the backbone's, (B, C, H, W) each, finest first.
-            mask: (B, H, W) bool of the pictures' pixels, True = padding.
+            mask: (B, H, W) bool of the images' pixels, True = padding.
             padded: whether any pixel is padding, as the host knows.
 
         Returns:
             (B, D, H, W) per level, and (B, H, W) bool masks of the same sizes, by the nearest pixel as in the
-            releases: the first token of a picture is never padding.
+            releases: the first token of an image is never padding.
         """
         maps = maps[-self.num_maps :]
         sizes = [x.shape[-2:] for x in maps]
@@ -219,12 +219,12 @@ def best_tokens(scores: Tensor, usable: Tensor, count: int, *, ignore_padding: b
         usable: (B, S) bool, as `Levels.proposals` says.
         count: Q.
         ignore_padding: only usable tokens compete. False: as in the releases, where the score of zeros is better than
-            that of a usable token, a place that could have been the latter's stays empty: so a picture's tokens
+            that of a usable token, a place that could have been the latter's stays empty: so an image's tokens
             compete with its padding.
 
     Returns:
         (B, Q) int64 indices, best first, and (B, Q) bool, whether there is a token at all: an empty place is to have a
-        memory of zeros and an infinite box. A picture with fewer tokens than Q has empty places, too.
+        memory of zeros and an infinite box. An image with fewer tokens than Q has empty places, too.
     """
     if ignore_padding:
         scores = scores.masked_fill(~usable, -torch.inf)

@@ -1,13 +1,13 @@
 """Denoising groups: ground truth with noise as additional decoder queries (DN-DETR, arXiv 2203.01305, section 4).
 
-Each group holds every box of a picture once, its label and box changed a little; the decoder learns to undo that,
+Each group holds every box of an image once, its label and box changed a little; the decoder learns to undo that,
 and no matching is needed to know which query belongs to which box. Groups do not see each other, and the matching
 part sees none of them, so that it cannot peek at the ground truth (section 4.3).
 
-Nothing here waits for the device: what shapes depend on, the boxes of each picture, is known on the host.
+Nothing here waits for the device: what shapes depend on, the boxes of each image, is known on the host.
 
-Letters: B pictures, T boxes of the batch, G groups, R denoising queries of a picture, Q matching queries, M boxes in
-all groups of all pictures.
+Letters: B images, T boxes of the batch, G groups, R denoising queries of an image, Q matching queries, M boxes in
+all groups of all images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DenoisingGroups:
 
     Attributes:
         labels: (B, R) int64, noised labels; 0 where there is no box.
-        padding: (B, R) bool, True where a picture has fewer boxes than its slots in a group.
+        padding: (B, R) bool, True where an image has fewer boxes than its slots in a group.
         anchors: (B, R, 4) noised boxes before the sigmoid, x, y, w, h; 0 where there is no box.
         blocked: (R + Q, R + Q) bool, True = this query does not see that one. Denoising queries come first.
         known: the query of each noised box and the box it comes from, (1, M) each: one for all decoder layers.
@@ -45,11 +45,11 @@ class DenoisingGroups:
     num_groups: int
 
     def __len__(self) -> int:
-        """R, denoising queries of each picture, padding included."""
+        """R, denoising queries of each image, padding included."""
         return self.labels.shape[1]
 
     def known_alone(self, prediction: SetPrediction, targets: Targets) -> tuple[SetPrediction, Targets, Assignment]:
-        """Prediction and truth of the M noised boxes without the padding, as if one picture had them all.
+        """Prediction and truth of the M noised boxes without the padding, as if one image had them all.
 
         Args:
             prediction: of the denoising queries, (N, B, R, ...).
@@ -147,14 +147,14 @@ def denoising_groups(
     eps: float,
     generator: torch.Generator | None = None,
 ) -> DenoisingGroups:
-    """DN-DETR's groups (section 4.2): every group holds every box of a picture, with noise of its own.
+    """DN-DETR's groups (section 4.2): every group holds every box of an image, with noise of its own.
 
     Args:
         targets: ground truth of the batch, possibly without any box.
         num_classes: K.
         num_queries: Q, matching queries that stand behind the denoising ones.
         num_groups: G.
-        max_queries: the most denoising queries of a picture. Where boxes times groups are more, a group holds a
+        max_queries: the most denoising queries of an image. Where boxes times groups are more, a group holds a
             random choice of the boxes, and the log says so once.
         label_noise: probability of a flipped label.
         box_noise: lambda of the box noise.
@@ -162,7 +162,7 @@ def denoising_groups(
         generator: of the targets' device; None is torch's global one.
 
     Returns:
-        R = G * min(largest number of boxes in a picture, max_queries // G) queries.
+        R = G * min(largest number of boxes in an image, max_queries // G) queries.
     """
     target, slot, num_slots = box_slots(targets, num_groups, max_queries // num_groups, generator)
     group = torch.arange(num_groups, device=slot.device)[:, None]
@@ -218,7 +218,7 @@ def contrastive_groups(
     eps: float,
     generator: torch.Generator | None = None,
 ) -> DenoisingGroups:
-    """DINO's groups (section 3.3): every group holds every box of a picture twice, as a positive with little noise
+    """DINO's groups (section 3.3): every group holds every box of an image twice, as a positive with little noise
     that is to be restored and as a negative with more of it that is to be rejected. The positives stand first.
 
     Args:
@@ -226,7 +226,7 @@ def contrastive_groups(
         num_classes: K.
         num_queries: Q, matching queries that stand behind the denoising ones.
         num_groups: G.
-        max_queries: the most denoising queries of a picture, at least 2 * G; see `denoising_groups`.
+        max_queries: the most denoising queries of an image, at least 2 * G; see `denoising_groups`.
         label_noise: probability of a flipped label.
         box_noise: see `noise_corners`.
         drop_inverted: a negative of negative width or height is left out: it becomes padding. The release keeps it,
@@ -235,7 +235,7 @@ def contrastive_groups(
         generator: of the targets' device; None is torch's global one.
 
     Returns:
-        R = 2 * G * min(largest number of boxes in a picture, max_queries // (2 * G)) queries; only the positives
+        R = 2 * G * min(largest number of boxes in an image, max_queries // (2 * G)) queries; only the positives
         are `known`.
     """
     target, slot, num_slots = box_slots(targets, num_groups, max_queries // (2 * num_groups), generator)
@@ -270,19 +270,19 @@ def contrastive_groups(
 def box_slots(
     targets: Targets, num_groups: int, max_slots: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, int]:
-    """Give every box of a picture a place of its own in each group.
+    """Give every box of an image a place of its own in each group.
 
-    A picture with more than `max_slots` boxes has that many of them in a group, drawn anew for each group.
+    An image with more than `max_slots` boxes has that many of them in a group, drawn anew for each group.
 
     Args:
         targets: ground truth of the batch.
         num_groups: G.
-        max_slots: the most boxes of one picture in one group, at least 1.
+        max_slots: the most boxes of one image in one group, at least 1.
         generator: of the targets' device.
 
     Returns:
         target (G, M / G), indices into `targets`; slot, of the same shape, each box's place in its group; and the
-        number of places in a group, the same for every picture.
+        number of places in a group, the same for every image.
     """
     device = targets.labels.device
     kept = [min(count, max_slots) for count in targets.counts]
@@ -291,7 +291,7 @@ def box_slots(
         target = torch.arange(len(targets), device=device).expand(num_groups, -1)
     else:
         _say_once(max(targets.counts), max_slots)
-        # Pictures stay in their order, the boxes of each are shuffled; then the first of each picture are taken.
+        # Images stay in their order, the boxes of each are shuffled; then the first of each image are taken.
         draw = torch.rand(num_groups, len(targets), device=device, dtype=torch.float64, generator=generator)
         shuffled = (targets.image + draw).argsort(1)
         starts = torch.tensor([0, *targets.counts[:-1]]).cumsum(0)
@@ -308,7 +308,7 @@ def _say_once(boxes: int, slots: int) -> None:
     if not _said:
         _said = True
         logging.getLogger(__name__).warning(
-            "A picture has %d boxes, but a denoising group holds at most %d: it gets a random choice of them, drawn "
+            "An image has %d boxes, but a denoising group holds at most %d: it gets a random choice of them, drawn "
             "anew each time, since the number of denoising queries is bounded. This is said once.",
             boxes,
             slots,
@@ -333,7 +333,7 @@ def fill_groups(
     Args:
         targets: ground truth of the batch.
         target: (X,) the box that each comes from.
-        query: (X,) the denoising query that each becomes, in its picture.
+        query: (X,) the denoising query that each becomes, in its image.
         labels: (X,) noised labels.
         boxes_cxcywh: (X, 4) noised boxes in [0, 1].
         known: see `DenoisingGroups`.

@@ -5,7 +5,7 @@
 - All queries are decoded in parallel; every decoder layer predicts a set with the same heads.
 - Sets are compared by bipartite matching: no anchors, no NMS.
 
-Parameter names are the release's. Shapes: B pictures, Q queries, D channels, N decoder layers, K logits
+Parameter names are the release's. Shapes: B images, Q queries, D channels, N decoder layers, K logits
 (classes and no-object), S tokens of a feature map of H x W.
 """
 
@@ -39,12 +39,12 @@ class DETR(SetDetector):
         backbone: a Detectron2 backbone, of which the coarsest feature map is read.
         transformer: see `Transformer`.
         position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
-        num_classes: classes of the data set, without no-object.
+        num_classes: classes of the dataset, without no-object.
         num_queries: Q, the size of the predicted set.
         aux_loss: train the sets of the earlier decoder layers too.
         matcher: pairs predictions with ground truth.
         criterion: the loss of matched pairs.
-        topk: detections per picture, at most Q.
+        topk: detections per image, at most Q.
         pixel_mean: three means, in the channel order of the input.
         pixel_std: three standard deviations.
     """
@@ -122,7 +122,7 @@ class DETR(SetDetector):
         }
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
-        """Predict a set of Q boxes per picture and decoder layer.
+        """Predict a set of Q boxes per image and decoder layer.
 
         Args:
             images: from `preprocess_image`.

@@ -10,7 +10,7 @@ What differs from DN-DETR:
 - Look forward twice: a layer's box is predicted from the anchor that the layer before moved, with its gradient
   (section 3.5).
 
-Parameter names are the release's. Shapes: B pictures, Q queries, R denoising queries, D channels, L feature levels,
+Parameter names are the release's. Shapes: B images, Q queries, R denoising queries, D channels, L feature levels,
 S tokens of all levels, N decoder layers, K classes.
 """
 
@@ -79,18 +79,18 @@ class DINO(SetDetector):
         backbone: a Detectron2 backbone, of which the coarsest feature maps are read, up to `num_levels` of them.
         transformer: see `DINOTransformer`; it holds the heads.
         position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of a feature map.
-        num_classes: K, classes of the data set.
+        num_classes: K, classes of the dataset.
         denoising: "contrastive", "dn" (DN-DETR's, without negatives) or "none".
-        denoising_pairs: pairs of a positive and a negative ("dn": positives) that a picture gets, spread over as
-            many groups as the batch's most crowded picture allows, at least one.
-        max_denoising_queries: the most denoising queries of a picture, whatever it holds; at least 2.
+        denoising_pairs: pairs of a positive and a negative ("dn": positives) that an image gets, spread over as
+            many groups as the batch's most crowded image allows, at least one.
+        max_denoising_queries: the most denoising queries of an image, whatever it holds; at least 2.
         label_noise: a label is flipped with half this probability, as in the release.
         box_noise: lambda_2 of section 3.3, in half widths and heights; negatives lie up to twice as far.
         drop_inverted: leave out negatives whose noise has turned width or height negative.
         aux_loss: train the sets of the earlier decoder layers too.
         matcher: pairs predictions with ground truth.
         criterion: the loss of matched pairs, of denoised ones and of proposals.
-        topk: detections per picture.
+        topk: detections per image.
         pixel_mean: three means, in the channel order of the input.
         pixel_std: three standard deviations.
 
@@ -206,7 +206,7 @@ class DINO(SetDetector):
         }
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> DINOPrediction:
-        """Predict a set of Q boxes per picture and decoder layer.
+        """Predict a set of Q boxes per image and decoder layer.
 
         Args:
             images: from `preprocess_image`.
@@ -311,7 +311,7 @@ class DINOTransformer(nn.Module):
             or "none" (both learned): section 3.4, figure 5.
         look_forward_twice: a layer's box loss also reaches the layer before (section 3.5, figure 6).
         share_heads: one class and one box head for all decoder layers, else one of each per layer.
-        ignore_padding: what is predicted for a picture does not depend on what it is batched with; see
+        ignore_padding: what is predicted for an image does not depend on what it is batched with; see
             `LevelProjections`, `best_tokens` and `DINODecoder`. The release: False.
 
     Raises:
@@ -446,7 +446,7 @@ class DINOTransformer(nn.Module):
 
     @staticmethod
     def learned(embedding: nn.Embedding | None, memory: Tensor) -> Tensor:
-        """The same vectors for every picture, (B, Q, ...)."""
+        """The same vectors for every image, (B, Q, ...)."""
         assert embedding is not None
         return embedding.weight.expand(len(memory), -1, -1)
 
@@ -483,7 +483,7 @@ class DINODecoder(nn.Module):
         num_classes: K.
         look_forward_twice: see `DINOTransformer`.
         share_heads: see `DINOTransformer`.
-        ignore_padding: encode an anchor by its place in the picture. False: by its place in the finest level with
+        ignore_padding: encode an anchor by its place in the image. False: by its place in the finest level with
             the level's padding, as in the release.
     """
 

@@ -45,18 +45,18 @@ class DNDETR(SetDetector):
         backbone: a Detectron2 backbone, of which the coarsest feature map is read.
         transformer: see `DNTransformer`; its decoder holds the box head.
         position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
-        num_classes: K, classes of the data set.
+        num_classes: K, classes of the dataset.
         num_queries: anchors; with P patterns the predicted set has P times as many boxes.
         fix_centres: as in `detr_family.modeling.dab_detr.DABDETR`.
         anchor_size: as there.
-        num_groups: denoising groups, each with every box of a picture; 0 trains without denoising.
-        max_denoising_queries: the most denoising queries of a picture, at least one per group.
+        num_groups: denoising groups, each with every box of an image; 0 trains without denoising.
+        max_denoising_queries: the most denoising queries of an image, at least one per group.
         label_noise: probability that a label is flipped.
         box_noise: lambda of the box noise, the largest shift in half boxes and the largest change of size.
         aux_loss: train the sets of the earlier decoder layers too.
         matcher: pairs predictions with ground truth.
         criterion: the loss of matched pairs, and of denoised ones.
-        topk: detections per picture.
+        topk: detections per image.
         pixel_mean: three means, in the channel order of the input.
         pixel_std: three standard deviations.
 
@@ -163,7 +163,7 @@ class DNDETR(SetDetector):
         }
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
-        """Predict a set of boxes per picture and decoder layer, one for every anchor and pattern.
+        """Predict a set of boxes per image and decoder layer, one for every anchor and pattern.
 
         Args:
             images: from `preprocess_image`.

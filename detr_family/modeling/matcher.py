@@ -21,7 +21,7 @@ def softmax_class_cost(layer_logits: Tensor, image: Tensor, labels: Tensor) -> T
 
     Args:
         layer_logits: (N, B, Q, K).
-        image: (T,) the picture of each box.
+        image: (T,) the image of each box.
         labels: (T,) the class of each box.
 
     Returns:
@@ -54,9 +54,9 @@ class FocalClassCost:
 
 
 class HungarianMatcher:
-    """The one-to-one assignment of least total cost, for every picture and decoder layer at once.
+    """The one-to-one assignment of least total cost, for every image and decoder layer at once.
 
-    The cost of every pair exists only within its picture, in one (N, T, Q) tensor which makes the only copy
+    The cost of every pair exists only within its image, in one (N, T, Q) tensor which makes the only copy
     to the host of the whole loss. It is computed in float32 whatever the autocast state, and a NaN in it does
     not stop the assignment: the loss of such a batch is NaN, and what is wrong is told from there.
 
@@ -82,7 +82,7 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def cost(self, prediction: SetPrediction, targets: Targets) -> Tensor:
-        """Cost of each box of the batch against each query of its own picture, (N, T, Q) float32."""
+        """Cost of each box of the batch against each query of its own image, (N, T, Q) float32."""
         with torch.autocast(prediction.layer_logits.device.type, enabled=False):
             boxes = prediction.layer_boxes.float()[:, targets.image]  # N x T x Q x 4
             truth = targets.boxes_cxcywh[:, None]  # T x 1 x 4
@@ -99,7 +99,7 @@ class HungarianMatcher:
         """Match every layer of `prediction`.
 
         Returns:
-            Assignment with M = sum over pictures of min(Q, boxes of the picture).
+            Assignment with M = sum over images of min(Q, boxes of the image).
         """
         num_layers = len(prediction.layer_logits)
         device = prediction.layer_logits.device

@@ -17,7 +17,7 @@ def best_class_per_query(logits: Tensor, boxes: Tensor, topk: int) -> tuple[Tens
     Args:
         logits: (B, Q, K), no-object last.
         boxes: (B, Q, 4).
-        topk: detections to keep per picture, by score; at most Q come out.
+        topk: detections to keep per image, by score; at most Q come out.
 
     Returns:
         scores (B, min(topk, Q)) in descending order, classes of the same shape, boxes (B, min(topk, Q), 4).
@@ -33,7 +33,7 @@ def best_pairs(logits: Tensor, boxes: Tensor, topk: int) -> tuple[Tensor, Tensor
     Args:
         logits: (B, Q, K) of sigmoid classifiers.
         boxes: (B, Q, 4).
-        topk: detections to keep per picture, by score; at most Q * K come out.
+        topk: detections to keep per image, by score; at most Q * K come out.
 
     Returns:
         as `best_class_per_query`.
@@ -47,16 +47,16 @@ def best_pairs(logits: Tensor, boxes: Tensor, topk: int) -> tuple[Tensor, Tensor
 def to_instances(
     scores: Tensor, classes: Tensor, boxes_cxcywh: Tensor, image_sizes: Sequence[tuple[int, int]]
 ) -> list[Instances]:
-    """Boxes in pixels of the picture as the detector saw it.
+    """Boxes in pixels of the image as the detector saw it.
 
     Args:
         scores: (B, k).
         classes: (B, k).
-        boxes_cxcywh: (B, k, 4) in [0, 1] of the unpadded picture.
-        image_sizes: (height, width) per picture.
+        boxes_cxcywh: (B, k, 4) in [0, 1] of the unpadded image.
+        image_sizes: (height, width) per image.
 
     Returns:
-        one `Instances` per picture with `pred_boxes`, `scores` and `pred_classes`.
+        one `Instances` per image with `pred_boxes`, `scores` and `pred_classes`.
     """
     results = []
     boxes_xyxy = box_convert(boxes_cxcywh.float(), "cxcywh", "xyxy")

@@ -1,4 +1,4 @@
-"""What all five detectors have in common: pictures in, losses or `Instances` out."""
+"""What all five detectors have in common: images in, losses or `Instances` out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _SetDetectorType(type):
 
 
 class SetDetector(nn.Module, metaclass=_SetDetectorType):
-    """Normalises and pads pictures, makes targets, and turns predicted sets into Detectron2's results.
+    """Normalises and pads images, makes targets, and turns predicted sets into Detectron2's results.
 
     A detector says how it predicts (`predict`); one that is trained with more than matched sets adds to `losses`.
     One that is built from a configuration is frozen and checkpointed as MODEL.DETR.FREEZE and CHECKPOINT say; for
@@ -46,12 +46,12 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
 
     Args:
         backbone: a Detectron2 backbone; the detectors read its coarsest feature map (DINO several).
-        num_classes: classes of the data set, without no-object.
+        num_classes: classes of the dataset, without no-object.
         aux_loss: train the sets of the earlier decoder layers too.
         matcher: pairs predictions with ground truth.
         criterion: the loss of matched pairs.
         select: (logits, boxes, topk) -> scores, classes, boxes: see `detr_family.modeling.postprocessing`.
-        topk: detections per picture (TEST.DETECTIONS_PER_IMAGE).
+        topk: detections per image (TEST.DETECTIONS_PER_IMAGE).
         pixel_mean: three means, in the channel order of the input.
         pixel_std: three standard deviations.
     """
@@ -109,16 +109,16 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
         """Detectron2's contract for meta-architectures.
 
         Args:
-            batched_inputs: one dict per picture with `image`, a (C, H, W) tensor of values in [0, 255] in
+            batched_inputs: one dict per image with `image`, a (C, H, W) tensor of values in [0, 255] in
                 the channel order of INPUT.FORMAT. In training `instances` with `gt_boxes` (pixels, xyxy) and
                 `gt_classes`, possibly none at all; else optionally `height` and `width` of the result.
 
         Returns:
-            In training a dict of weighted losses, else one `{"instances": Instances}` per picture with
+            In training a dict of weighted losses, else one `{"instances": Instances}` per image with
             `pred_boxes` (pixels of the result, clipped to it), `scores` and `pred_classes`.
 
         Raises:
-            ValueError: a picture without pixels, a label that the detector has no class for, a box that is not
+            ValueError: an image without pixels, a label that the detector has no class for, a box that is not
                 finite.
         """
         images = self.preprocess_image(batched_inputs)
@@ -151,26 +151,26 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
 
     @property
     def device(self) -> torch.device:
-        """Where the pictures go."""
+        """Where the images go."""
         return self.pixel_mean.device
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
-        """Normalise the pictures and pad them with zeros, at the right and below, to one size.
+        """Normalise the images and pad them with zeros, at the right and below, to one size.
 
         Returns:
             `ImageList` whose tensor is (B, C, H, W) float32.
         """
-        pictures = []
+        images = []
         for x in batched_inputs:
             image = x["image"]
             if image.dim() != 3 or image.shape[0] != len(self.pixel_mean) or 0 in image.shape:
                 raise ValueError(
-                    f"{x.get('file_name', 'a picture')} has shape {tuple(image.shape)}; "
+                    f"{x.get('file_name', 'an image')} has shape {tuple(image.shape)}; "
                     f"({len(self.pixel_mean)}, height, width) with at least one pixel is needed"
                 )
             image = image.to(self.device, non_blocking=True)
-            pictures.append((image.float() - self.pixel_mean) / self.pixel_std)
-        return ImageList.from_tensors(pictures, self.backbone.size_divisibility)
+            images.append((image.float() - self.pixel_mean) / self.pixel_std)
+        return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
     @staticmethod
     def padding_mask(images: ImageList) -> Tensor:
@@ -184,15 +184,15 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
 
     @staticmethod
     def has_padding(images: ImageList) -> bool:
-        """Whether any picture is smaller than the batch's tensor, known without asking the device."""
+        """Whether any image is smaller than the batch's tensor, known without asking the device."""
         height, width = images.tensor.shape[-2:]
         return any((h, w) != (height, width) for h, w in images.image_sizes)
 
     @staticmethod
     def level_mask(mask: Tensor, feature: Tensor) -> Tensor:
-        """The picture's mask at a feature map's size, by the nearest pixel as in the releases.
+        """The image's mask at a feature map's size, by the nearest pixel as in the releases.
 
-        The first token of a picture is never padding, so that no attention finds every key masked.
+        The first token of an image is never padding, so that no attention finds every key masked.
 
         Args:
             mask: (B, H, W) bool.
@@ -209,7 +209,7 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
         for x, truth in zip(batched_inputs, instances, strict=True):
             if truth.gt_classes.is_cuda:
                 continue  # a look would wait for the device
-            self._check_truth(truth, x.get("file_name", "a picture"))
+            self._check_truth(truth, x.get("file_name", "an image"))
         return Targets.from_instances(instances, self.device)
 
     def _check_truth(self, truth: Instances, name: str) -> None:
@@ -217,7 +217,7 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
         if len(wrong):
             raise ValueError(
                 f"{name} has a box of class {int(wrong[0])}, but the detector has classes 0 to "
-                f"{self.num_classes - 1}: set MODEL.DETR.NUM_CLASSES to the data set's number of classes, "
+                f"{self.num_classes - 1}: set MODEL.DETR.NUM_CLASSES to the dataset's number of classes, "
                 "or to -1 to take it from DATASETS.TRAIN"
             )
         boxes = truth.gt_boxes.tensor

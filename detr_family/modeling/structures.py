@@ -1,6 +1,6 @@
 """The three things that detectors, matcher and criterion hand to each other.
 
-Letters: N decoder layers, B pictures in the batch, Q queries, K class logits, T boxes of the whole batch,
+Letters: N decoder layers, B images in the batch, Q queries, K class logits, T boxes of the whole batch,
 M matched pairs of the whole batch.
 """
 
@@ -21,7 +21,7 @@ class SetPrediction:
 
     Attributes:
         layer_logits: (N, B, Q, K) class logits.
-        layer_boxes: (N, B, Q, 4) boxes as cxcywh in [0, 1] of the unpadded picture.
+        layer_boxes: (N, B, Q, 4) boxes as cxcywh in [0, 1] of the unpadded image.
     """
 
     layer_logits: Tensor
@@ -49,13 +49,13 @@ class SetPrediction:
 
 @dataclass
 class Targets:
-    """Ground truth of a batch, all pictures behind each other.
+    """Ground truth of a batch, all images behind each other.
 
     Attributes:
         labels: (T,) int64 contiguous classes.
-        boxes_cxcywh: (T, 4) float32 in [0, 1] of the unpadded picture.
-        image: (T,) int64, the picture of the batch that each box belongs to, ascending.
-        counts: boxes per picture, on the host.
+        boxes_cxcywh: (T, 4) float32 in [0, 1] of the unpadded image.
+        image: (T,) int64, the image of the batch that each box belongs to, ascending.
+        counts: boxes per image, on the host.
     """
 
     labels: Tensor
@@ -65,10 +65,10 @@ class Targets:
 
     @classmethod
     def from_instances(cls, instances: Sequence[Instances], device: torch.device) -> Targets:
-        """Normalise the boxes of Detectron2's `Instances` by their own picture's size.
+        """Normalise the boxes of Detectron2's `Instances` by their own image's size.
 
         Args:
-            instances: one per picture, with `gt_boxes` (pixels, xyxy) and `gt_classes`; may be empty.
+            instances: one per image, with `gt_boxes` (pixels, xyxy) and `gt_classes`; may be empty.
             device: where the result shall live; the boxes travel there in one copy.
         """
         counts = [len(x) for x in instances]
@@ -95,8 +95,8 @@ class Assignment:
     """Which query answers for which box; every layer has the same number M of pairs.
 
     Attributes:
-        query: (N, M) int64, the query of its picture.
-        target: (N, M) int64, an index into `Targets`, which also tells the picture.
+        query: (N, M) int64, the query of its image.
+        target: (N, M) int64, an index into `Targets`, which also tells the image.
     """
 
     query: Tensor

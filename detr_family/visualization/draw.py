@@ -1,7 +1,7 @@
-"""Pictures of predictions beside ground truth, and curves of a run.
+"""Images of predictions beside ground truth, and curves of a run.
 
 Drawn with PIL: Detectron2's Visualizer needs OpenCV, which a Detectron2 installation may lack, and its labels
-do not fit pictures of a hundred pixels.
+do not fit images of a hundred pixels.
 """
 
 import functools
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart (black left out: it is the lines' rim).
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2")
-_SHORTER_SIDE = 448  # smaller pictures are enlarged by a whole factor until about here
+_SHORTER_SIDE = 448  # smaller images are enlarged by a whole factor until about here
 _GAP, _TITLE_HEIGHT = 12, 30
 _FONT_SIZE = 15
 
@@ -44,31 +44,31 @@ def draw_comparison(
         score_threshold: predictions below this score are not drawn.
 
     Returns:
-        An RGB picture of both panels; small images are enlarged so that labels can be read.
+        An RGB image of both panels; small images are enlarged so that labels can be read.
 
     Raises:
         ValueError: a class number has no name.
     """
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
-    picture = picture.convert("RGB")
-    factor = max(1, round(_SHORTER_SIDE / min(picture.size)))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
+    panel = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
+    panel = panel.convert("RGB")
+    factor = max(1, round(_SHORTER_SIDE / min(panel.size)))
+    panel = panel.resize((panel.width * factor, panel.height * factor), Image.Resampling.BICUBIC)
 
-    left, shown = _detections(picture, predictions, class_names, score_threshold, factor)
+    left, drawn = _detections(panel, predictions, class_names, score_threshold, factor)
     true_classes = truth.gt_classes.tolist()
     right = draw_boxes(
-        picture,
+        panel,
         [[factor * edge for edge in box] for box in truth.gt_boxes.tensor.tolist()],
         true_classes,
         [_name(class_names, number) for number in true_classes],
     )
-    canvas = Image.new("RGB", (2 * picture.width + _GAP, picture.height + _TITLE_HEIGHT), "white")
+    canvas = Image.new("RGB", (2 * panel.width + _GAP, panel.height + _TITLE_HEIGHT), "white")
     draw = ImageDraw.Draw(canvas)
-    hidden = len(predictions) - shown
+    hidden = len(predictions) - drawn
     below = f" ({hidden} below {score_threshold:.2g} not shown)" if hidden else ""
-    titles = (f"predictions: {shown}{below}", f"ground truth: {len(truth)}")
-    for panel, title, x in zip((left, right), titles, (0, picture.width + _GAP), strict=True):
-        canvas.paste(panel, (x, _TITLE_HEIGHT))
+    titles = (f"predictions: {drawn}{below}", f"ground truth: {len(truth)}")
+    for half, title, x in zip((left, right), titles, (0, panel.width + _GAP), strict=True):
+        canvas.paste(half, (x, _TITLE_HEIGHT))
         draw.text((x + 4, _TITLE_HEIGHT / 2), title, fill="black", font=_font(_FONT_SIZE + 1), anchor="lm")
     return canvas
 
@@ -76,7 +76,7 @@ def draw_comparison(
 def draw_detections(
     image: Image.Image | np.ndarray, predictions: Instances, class_names: Sequence[str], score_threshold: float = 0.5
 ) -> Image.Image:
-    """A picture with the predictions that score enough, at its own size.
+    """An image with the predictions that score enough, at its own size.
 
     Args:
         image: RGB, as a PIL image or a uint8 array (H, W, 3).
@@ -87,19 +87,19 @@ def draw_detections(
     Raises:
         ValueError: a class number has no name.
     """
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
-    return _detections(picture.convert("RGB"), predictions, class_names, score_threshold)[0]
+    shown = image if isinstance(image, Image.Image) else Image.fromarray(np.ascontiguousarray(image))
+    return _detections(shown.convert("RGB"), predictions, class_names, score_threshold)[0]
 
 
 def _detections(
-    picture: Image.Image, predictions: Instances, class_names: Sequence[str], threshold: float, factor: int = 1
+    image: Image.Image, predictions: Instances, class_names: Sequence[str], threshold: float, factor: int = 1
 ) -> tuple[Image.Image, int]:
-    """The picture with boxes that were found in it before it was enlarged by a factor, and how many are drawn."""
+    """The image with boxes that were found in it before it was enlarged by a factor, and how many are drawn."""
     scores = predictions.scores.tolist()
     boxes, classes = predictions.pred_boxes.tensor.tolist(), predictions.pred_classes.tolist()
     shown = sorted((i for i, score in enumerate(scores) if score >= threshold), key=lambda i: scores[i])
     drawn = draw_boxes(
-        picture,
+        image,
         [[factor * edge for edge in boxes[i]] for i in shown],
         [classes[i] for i in shown],
         [f"{_name(class_names, classes[i])} {scores[i]:.2f}" for i in shown],
@@ -108,23 +108,23 @@ def _detections(
 
 
 def contact_sheet(cells: Sequence[tuple[Image.Image, str]], columns: int = 4, side: int = 360) -> Image.Image:
-    """Pictures in rows, each shrunk to fit a square of `side` pixels, with a title below.
+    """Images in rows, each shrunk to fit a square of `side` pixels, with a title below.
 
     Args:
-        cells: picture and title.
-        columns: pictures in a row.
-        side: of a picture's place, pixels.
+        cells: image and title.
+        columns: images in a row.
+        side: of an image's place, pixels.
     """
     columns = max(min(columns, len(cells)), 1)
     rows = max(math.ceil(len(cells) / columns), 1)
     step_x, step_y = side + _GAP, side + _GAP + _TITLE_HEIGHT
     sheet = Image.new("RGB", (columns * step_x + _GAP, rows * step_y + _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), _font(_FONT_SIZE - 2)
-    for number, (picture, title) in enumerate(cells):
-        scale = min(side / picture.width, side / picture.height)
-        size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
+    for number, (image, title) in enumerate(cells):
+        scale = min(side / image.width, side / image.height)
+        size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
         x, y = _GAP + number % columns * step_x, _GAP + number // columns * step_y
-        sheet.paste(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC), (x, y + side - size[1]))
+        sheet.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), (x, y + side - size[1]))
         while draw.textlength(title, font=font) > side and len(title) > 4:
             title = "…" + title[2:]
         draw.text((x, y + side + _TITLE_HEIGHT / 2), title, fill="black", font=font, anchor="lm")
@@ -165,7 +165,7 @@ def plot_metrics(metrics_json: str, out_png: str) -> None:
 
     Args:
         metrics_json: Detectron2's metrics.json. Values that are not finite are left out and marked.
-        out_png: the picture to write.
+        out_png: the image to write.
 
     Raises:
         ValueError: see read_metrics.
@@ -225,8 +225,8 @@ def _series(metrics: Iterable[dict[str, Any]], key: str) -> tuple[list[int], lis
 def _name(class_names: Sequence[str], number: int) -> str:
     if not 0 <= number < len(class_names):
         raise ValueError(
-            f"Class {number} has no name: the data set of DATASETS.TEST has {len(class_names)} classes "
-            f"({', '.join(class_names)}). Was the model trained on another data set?"
+            f"Class {number} has no name: the dataset of DATASETS.TEST has {len(class_names)} classes "
+            f"({', '.join(class_names)}). Was the model trained on another dataset?"
         )
     return class_names[number]
 
@@ -238,19 +238,19 @@ def _font(size: int) -> Any:
 
 
 def draw_boxes(
-    picture: Image.Image, boxes: Sequence[Sequence[float]], classes: Sequence[int], labels: Sequence[str]
+    image: Image.Image, boxes: Sequence[Sequence[float]], classes: Sequence[int], labels: Sequence[str]
 ) -> Image.Image:
-    """A copy of the picture with boxes in one colour for each class; labels above all lines.
+    """A copy of the image with boxes in one colour for each class; labels above all lines.
 
     Args:
-        picture: RGB. In large pictures lines and letters are larger.
+        image: RGB. In large images lines and letters are larger.
         boxes: x1, y1, x2, y2 in its pixels; later ones are drawn over earlier ones.
         classes: class number of each box.
         labels: text of each box.
     """
-    panel = picture.copy()
+    panel = image.copy()
     draw = ImageDraw.Draw(panel)
-    scale = max(1, round(min(picture.size) / 600))
+    scale = max(1, round(min(image.size) / 600))
     colours = [COLOURS[number % len(COLOURS)] for number in classes]
     for (x1, y1, x2, y2), colour in zip(boxes, colours, strict=True):
         x1, x2 = sorted(min(max(x, 0.0), panel.width - 1.0) for x in (x1, x2))

@@ -26,17 +26,17 @@ from torch import tensor
 from detr_family.collect_env import collect_env
 from detr_family.config import load_config
 from detr_family.data.datasets.coco import register_datasets
-from detr_family.data.images import read_picture
+from detr_family.data.images import read_image
 from detr_family.evaluation.evaluator import inference_folder
-from detr_family.evaluation.image_scores import IOU, PictureScore, SetScore, score_pictures
+from detr_family.evaluation.image_scores import IOU, ImageScore, SetScore, score_images
 from detr_family.visualization.curves import panel_svg, panels
 from detr_family.visualization.draw import draw_comparison, read_metrics
 
-_SHOWN_PICTURES = 4  # best, and as many worst
-_LONGEST_SIDE = 520  # of a picture on the page, pixels
+_SHOWN_IMAGES = 4  # best, and as many worst
+_LONGEST_SIDE = 520  # of an image on the page, pixels
 _MOST_CLASSES = 400  # rows of a table
 _RESULT = re.compile(r"(?:(.+?)/)?bbox/(.+)$", re.DOTALL)
-_MOST_PICTURES = 5000  # judged one by one
+_MOST_IMAGES = 5000  # judged one by one
 _logger = logging.getLogger(__name__)
 
 _STYLE = """
@@ -63,7 +63,7 @@ def write_report(output_dir: str | os.PathLike[str], cfg: CfgNode | None = None)
 
     Args:
         output_dir: the folder that train_net.py wrote, with metrics.json.
-        cfg: the run's configuration, its data sets registered; by default config.yaml in the folder.
+        cfg: the run's configuration, its datasets registered; by default config.yaml in the folder.
 
     Returns:
         The file written.
@@ -142,7 +142,7 @@ class _Html(str):
 
 
 def _final_results(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The last value of each COCO metric, by data set ("" where there is one)."""
+    """The last value of each COCO metric, by dataset ("" where there is one)."""
     final: dict[str, dict[str, float]] = {}
     for entry in metrics:
         for key, value in entry.items():
@@ -163,7 +163,7 @@ def _summary(cfg: CfgNode, metrics: Sequence[dict[str, Any]], final: dict[str, d
             tiles.append((_percent(values.get(key)), label))
     if metrics:
         done = max([entry["iteration"] + 1 for entry in metrics if "total_loss" in entry], default=0)
-        tiles.append((f"{done:,}", f"iterations of {cfg.SOLVER.MAX_ITER:,}, {cfg.SOLVER.IMS_PER_BATCH} pictures each"))
+        tiles.append((f"{done:,}", f"iterations of {cfg.SOLVER.MAX_ITER:,}, {cfg.SOLVER.IMS_PER_BATCH} images each"))
         times = [entry["time"] for entry in metrics if isinstance(entry.get("time"), float)]
         if times:
             seconds = sorted(times)[len(times) // 2]
@@ -197,7 +197,7 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class _TestSet:
-    """An evaluated data set as it is registered."""
+    """An evaluated dataset as it is registered."""
 
     name: str
     records: list[dict[str, Any]]
@@ -225,7 +225,7 @@ def _read_test_set(name: str) -> _TestSet:
 
 
 def _evaluations(cfg: CfgNode, final: dict[str, dict[str, float]]) -> list[tuple[str, Callable[[], str]]]:
-    """A section of results and one of pictures for each test set."""
+    """A section of results and one of images for each test set."""
     sections: list[tuple[str, Callable[[], str]]] = []
     for name in cfg.DATASETS.TEST:
         known = final.get(name) if len(cfg.DATASETS.TEST) > 1 else final.get("")
@@ -233,10 +233,10 @@ def _evaluations(cfg: CfgNode, final: dict[str, dict[str, float]]) -> list[tuple
         def results(name: str = name, known: dict[str, float] | None = known) -> str:
             return _results(name, known)
 
-        def pictures(name: str = name) -> str:
-            return _pictures(cfg, name)
+        def images(name: str = name) -> str:
+            return _images(cfg, name)
 
-        sections += [(f"Results on {name}", results), (f"Best and worst pictures of {name}", pictures)]
+        sections += [(f"Results on {name}", results), (f"Best and worst images of {name}", images)]
     for other, values in final.items():
         if other and other not in cfg.DATASETS.TEST:
 
@@ -256,7 +256,7 @@ def _results(name: str, values: dict[str, float] | None) -> str:
         (label, _percent(values.get(ap)), _percent(values.get(ar or "AR100" if ap == "AP" else ar)))
         for label, ap, ar in overall + sizes
     ]
-    text = _table(("objects", "AP (%)", "AR, 100 a picture (%)"), rows, numbers=(1, 2))
+    text = _table(("objects", "AP (%)", "AR, 100 an image (%)"), rows, numbers=(1, 2))
     counts: dict[str, int] = {}
     try:
         test_set = _read_test_set(name)
@@ -283,7 +283,7 @@ def _width(ap: float) -> float:
     return 0.0 if ap != ap else round(0.2 * max(ap, 0.0), 2)
 
 
-def _pictures(cfg: CfgNode, name: str) -> str:
+def _images(cfg: CfgNode, name: str) -> str:
     path = Path(inference_folder(cfg, name)) / "coco_instances_results.json"
     if not path.is_file():
         return '<p class="note">There are no results of an evaluation.</p>'
@@ -292,35 +292,35 @@ def _pictures(cfg: CfgNode, name: str) -> str:
         return '<p class="note">The set has no annotations to compare with.</p>'
     results = json.loads(path.read_text(encoding="utf-8"))
     count = len(test_set.records)
-    step = -(-count // _MOST_PICTURES)
-    scored = score_pictures(test_set.records[::step], results, test_set.numbers)
+    step = -(-count // _MOST_IMAGES)
+    scored = score_images(test_set.records[::step], results, test_set.numbers)
     text = (
-        f"<p>At a score of {scored.threshold:.2f} or more, where most is right on all pictures together (F1 "
+        f"<p>At a score of {scored.threshold:.2f} or more, where most is right on all images together (F1 "
         f"{scored.f1:.2f}), {100 * scored.precision:.0f} % of the boxes are right and {100 * scored.recall:.0f} % "
         f"of the objects are found (IoU {IOU:g} or more, class right). It is a threshold to start from in demo.py.</p>"
     )
     if step > 1:
-        text += f'<p class="note">Judged were {len(scored.pictures)} of {count} pictures.</p>'
+        text += f'<p class="note">Judged were {len(scored.images)} of {count} images.</p>'
     best, worst = _extremes(scored)
     for title, chosen in (("Best", best), ("Worst", worst)):
         if chosen:
-            text += f"<h3>{title}</h3>" + "".join(_figure(picture, test_set, scored.threshold) for picture in chosen)
-    return text or '<p class="note">There are no pictures.</p>'
+            text += f"<h3>{title}</h3>" + "".join(_figure(image, test_set, scored.threshold) for image in chosen)
+    return text or '<p class="note">There are no images.</p>'
 
 
-def _extremes(scored: SetScore) -> tuple[list[PictureScore], list[PictureScore]]:
-    """The best and the worst pictures with objects or detections; no picture is both."""
-    judged = [p for p in scored.pictures if p.objects or p.wrong]
+def _extremes(scored: SetScore) -> tuple[list[ImageScore], list[ImageScore]]:
+    """The best and the worst images with objects or detections; no image is both."""
+    judged = [p for p in scored.images if p.objects or p.wrong]
     ordered = sorted(judged, key=lambda p: (-p.f1, -p.objects if p.f1 >= 0.5 else p.objects))
-    half = min(_SHOWN_PICTURES, (len(ordered) + 1) // 2)
-    return ordered[:half], ordered[max(len(ordered) - _SHOWN_PICTURES, half) :][::-1]
+    half = min(_SHOWN_IMAGES, (len(ordered) + 1) // 2)
+    return ordered[:half], ordered[max(len(ordered) - _SHOWN_IMAGES, half) :][::-1]
 
 
-def _figure(picture: PictureScore, test_set: _TestSet, threshold: float) -> str:
-    path = str(picture.record["file_name"])
-    caption = f"{os.path.basename(path)}: {picture.found} of {picture.objects} found, {picture.wrong} wrong"
+def _figure(score: ImageScore, test_set: _TestSet, threshold: float) -> str:
+    path = str(score.record["file_name"])
+    caption = f"{os.path.basename(path)}: {score.found} of {score.objects} found, {score.wrong} wrong"
     try:
-        image = Image.fromarray(read_picture(path, "RGB"))
+        image = Image.fromarray(read_image(path, "RGB"))
     except ValueError as error:
         return f'<p class="failed">{_text(error)}</p>'
     factor = min(_LONGEST_SIDE / max(image.size), 1.0)
@@ -328,10 +328,10 @@ def _figure(picture: PictureScore, test_set: _TestSet, threshold: float) -> str:
         size = max(round(image.width * factor), 1), max(round(image.height * factor), 1)
         image = image.resize(size, Image.Resampling.BICUBIC)
     found = Instances((image.height, image.width))
-    found.pred_boxes = _boxes([d["bbox"] for d in picture.detections], factor)
-    found.scores = tensor([d["score"] for d in picture.detections])
-    found.pred_classes = tensor([d["category_id"] for d in picture.detections]).long()
-    objects = [a for a in picture.record["annotations"] if not a["iscrowd"]]
+    found.pred_boxes = _boxes([d["bbox"] for d in score.detections], factor)
+    found.scores = tensor([d["score"] for d in score.detections])
+    found.pred_classes = tensor([d["category_id"] for d in score.detections]).long()
+    objects = [a for a in score.record["annotations"] if not a["iscrowd"]]
     truth = Instances((image.height, image.width))
     truth.gt_boxes = _boxes([a["bbox"] for a in objects], factor)
     truth.gt_classes = tensor([a["category_id"] for a in objects]).long()

@@ -65,7 +65,7 @@ def report(jobs: Sequence[Job], output: Path) -> None:
     except ValueError:  # not recorded: TEST.INSTABILITY_IMAGES is 0
         unstable = []
     if unstable:
-        figure = draw_curves(unstable, "instability IS (changed queries per picture)", "How unstable matching is")
+        figure = draw_curves(unstable, "instability IS (changed queries per image)", "How unstable matching is")
         written += style.save_figure(figure, output, "instability")
     for path in written:
         print(path)

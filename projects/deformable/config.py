@@ -23,6 +23,6 @@ def add_deformable_config(cfg: CfgNode) -> None:
     # DeformableDETR alone: the decoder starts from boxes that the encoder proposes (section 4.2); needs refinement.
     cfg.MODEL.DEFORMABLE.TWO_STAGE = False
     # Padding counts neither in the statistics of the group norm after the projection of feature maps nor in the
-    # encoding of anchors: what is predicted for a picture does not depend on what it is batched with. False, as in
+    # encoding of anchors: what is predicted for an image does not depend on what it is batched with. False, as in
     # the releases, it does.
     cfg.MODEL.DEFORMABLE.IGNORE_PADDING = False

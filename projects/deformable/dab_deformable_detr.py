@@ -58,14 +58,14 @@ class DABDeformableDETR(SetDetector):
         transformer: see `DABDeformableTransformer`; its decoder refines anchors by the box heads.
         class_embed: class heads, one per decoder layer.
         position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of a feature map.
-        num_classes: K, classes of the data set.
+        num_classes: K, classes of the dataset.
         num_queries: anchors; with P patterns the predicted set has P times as many boxes.
         num_patterns: P; 0 for none.
         ignore_padding: see `LevelProjections`.
         aux_loss: train the sets of the earlier decoder layers too.
         matcher: pairs predictions with ground truth.
         criterion: the loss of matched pairs.
-        topk: detections per picture.
+        topk: detections per image.
         pixel_mean: three means, in the channel order of the input.
         pixel_std: three standard deviations.
     """
@@ -128,7 +128,7 @@ class DABDeformableDETR(SetDetector):
         }
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
-        """Predict a set of boxes per picture and decoder layer, one for every anchor and pattern.
+        """Predict a set of boxes per image and decoder layer, one for every anchor and pattern.
 
         Args:
             images: from `preprocess_image`.
@@ -202,7 +202,7 @@ class DABDeformableTransformer(nn.Module):
         encoder_points: points that a head samples on each level in the encoder.
         decoder_points: the same in the decoder.
         bbox_embed: N box heads, which move the anchors after each layer.
-        ignore_padding: encode anchors as they lie in the picture. False: as in the releases, as they lie in the
+        ignore_padding: encode anchors as they lie in the image. False: as in the releases, as they lie in the
             finest level with its padding.
 
     Raises:

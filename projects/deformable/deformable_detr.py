@@ -8,7 +8,7 @@ What differs from DETR:
 - Focal loss, 300 queries, the best pairs of query and class at inference.
 - Optionally, boxes are refined layer by layer; and the encoder proposes the boxes to start from (section 4.2).
 
-Parameter names are the release's. Shapes: B pictures, Q queries, D channels, L feature levels, S tokens of all
+Parameter names are the release's. Shapes: B images, Q queries, D channels, L feature levels, S tokens of all
 levels, N decoder layers, K classes.
 """
 
@@ -71,13 +71,13 @@ class DeformableDETR(SetDetector):
         class_embed: class heads, one name per decoder layer, and with two stages one more for the proposals.
         bbox_embed: box heads, as many.
         position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of a feature map.
-        num_classes: K, classes of the data set.
+        num_classes: K, classes of the dataset.
         num_queries: Q.
         ignore_padding: see `LevelProjections`.
         aux_loss: train the sets of the earlier decoder layers too.
         matcher: pairs predictions with ground truth.
         criterion: the loss of matched pairs.
-        topk: detections per picture.
+        topk: detections per image.
         pixel_mean: three means, in the channel order of the input.
         pixel_std: three standard deviations.
     """
@@ -166,7 +166,7 @@ class DeformableDETR(SetDetector):
         }
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
-        """Predict a set of Q boxes per picture and decoder layer.
+        """Predict a set of Q boxes per image and decoder layer.
 
         Args:
             images: from `preprocess_image`.
@@ -174,7 +174,7 @@ class DeformableDETR(SetDetector):
 
         Returns:
             SetPrediction with `layer_logits` (N, B, Q, K) and `layer_boxes` (N, B, Q, 4); with two stages a
-            TwoStagePrediction. A picture with fewer tokens than Q has as many queries as tokens in the latter.
+            TwoStagePrediction. An image with fewer tokens than Q has as many queries as tokens in the latter.
         """
         features = self.backbone(images.tensor)
         padded = self.has_padding(images)
@@ -368,8 +368,8 @@ class DeformableTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, SetPrediction]:
         """Where the decoder starts from with proposals: the boxes that most likely hold an object (appendix A.4).
 
-        What may not propose (padding, the picture's very edge) counts no more than the least likely token that
-        may, so it is chosen only where a picture has too few tokens.
+        What may not propose (padding, the image's very edge) counts no more than the least likely token that
+        may, so it is chosen only where an image has too few tokens.
 
         Args:
             memory: (B, S, D).

@@ -45,17 +45,17 @@ class DNDeformableDETR(SetDetector):
         transformer: see `DABDeformableTransformer`; its decoder refines anchors by the box heads.
         class_embed: class heads, one per decoder layer.
         position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of a feature map.
-        num_classes: K, classes of the data set.
+        num_classes: K, classes of the dataset.
         num_queries: Q, anchors.
-        num_groups: denoising groups, each with every box of a picture; 0 trains without denoising.
-        max_denoising_queries: the most denoising queries of a picture, at least one per group.
+        num_groups: denoising groups, each with every box of an image; 0 trains without denoising.
+        max_denoising_queries: the most denoising queries of an image, at least one per group.
         label_noise: probability that a label is flipped.
         box_noise: lambda of the box noise, the largest shift in half boxes and the largest change of size.
         ignore_padding: see `LevelProjections`.
         aux_loss: train the sets of the earlier decoder layers too.
         matcher: pairs predictions with ground truth.
         criterion: the loss of matched pairs, and of denoised ones.
-        topk: detections per picture.
+        topk: detections per image.
         pixel_mean: three means, in the channel order of the input.
         pixel_std: three standard deviations.
 
@@ -144,7 +144,7 @@ class DNDeformableDETR(SetDetector):
         }
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
-        """Predict a set of Q boxes per picture and decoder layer.
+        """Predict a set of Q boxes per image and decoder layer.
 
         Args:
             images: from `preprocess_image`.

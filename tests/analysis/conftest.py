@@ -1,4 +1,4 @@
-"""A tiny detector of each kind, its checkpoint and a handful of generated pictures, as a user would have them."""
+"""A tiny detector of each kind, its checkpoint and a handful of generated images, as a user would have them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Work:
             path.write_text(json.dumps({**data, "annotations": annotations, "categories": categories}))
 
     def without_boxes(self) -> None:
-        """Leave the test set's pictures without any annotation."""
+        """Leave the test set's images without any annotation."""
         data = json.loads(self.val_json.read_text())
         self.val_json.write_text(json.dumps({**data, "annotations": []}))
 

@@ -93,7 +93,7 @@ def test_another_configuration_for_rows_that_name_none(spec: Path) -> None:
     assert [row.config.name for row in rows] == ["other.yaml", "small.yaml"]
 
 
-def test_generated_pictures(spec: Path) -> None:
+def test_generated_images(spec: Path) -> None:
     spec.write_text(SPEC + "shapes: {train: 2, val: 1, size: [32, 40]}\n")
     job = runs.jobs_of(runs.read_spec(spec), spec.parent / "o")[0]
     options = dict(zip(job.opts[::2], job.opts[1::2], strict=True))

@@ -30,7 +30,7 @@ def test_points_are_on_the_tokens_that_they_lie_on(work: Any) -> None:
     cfg = loading.load_cfg(work.config("DETR"))
     model = loading.load_detector(cfg, untrained=True)
     Image.new("RGB", (96, 64)).save(work.folder / "mine.png")
-    looks, _ = attention.looks_of(model, loading.choose_picture(cfg, str(work.folder / "mine.png")))
+    looks, _ = attention.looks_of(model, loading.choose_image(cfg, str(work.folder / "mine.png")))
     assert looks.grids == [(4, 6, 16.0, 16.0)] and isinstance(looks.encoder, DenseCall)
     assert looks.token((0, 0)) == 0 and looks.token((0.5, 0)) == 3 and looks.token((0.99, 0.3)) == 11
     assert looks.token((1.0, 1.0)) == 23
@@ -54,9 +54,9 @@ def test_without_encoder_layers_the_decoder_is_drawn(work: Any, capsys: pytest.C
     ("arguments", "message"),
     [
         (("--point", "0.5"), "'0.5' is no x,y"),
-        (("--point", "0.5,1.5"), "outside of the picture"),
+        (("--point", "0.5,1.5"), "outside of the image"),
         (("--layer", "7"), "--layer 7: the encoder has layers 0 to 0"),
-        (("--image", "none.png"), "there is no picture 'none.png'"),
+        (("--image", "none.png"), "there is no image 'none.png'"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], message: str, work: Any) -> None:

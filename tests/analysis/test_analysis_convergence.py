@@ -31,7 +31,7 @@ def with_config(work: Any, folder: str, batch: int) -> None:
 def test_epochs_seeds_and_table(work: Any, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [run_folder(work, n, aps) for n, aps in (("d0", [1, 3, 5]), ("d1", [1, 4, 8]), ("c", [4, 6, 10]))]
     for folder in folders:
-        with_config(work, folder, 3)  # 6 training pictures: 2 iterations an epoch
+        with_config(work, folder, 3)  # 6 training images: 2 iterations an epoch
     runs = ["--run", "DETR", folders[0], "--run", "DETR", folders[1], "--run", "Conditional", folders[2]]
     written = main(["convergence", *runs, "--output", str(work.output)])
     assert [p.suffix for p in written] == [".png", ".svg", ".csv", ".csv"]
@@ -63,7 +63,7 @@ def test_the_evaluation_after_the_last_step_counts_as_at_its_end(work: Any) -> N
     assert [p[1] for p in runs[0].points] == [1.0, 2.0, 3.0]
 
 
-def test_data_sets_of_one_name_in_several_folders(work: Any) -> None:
+def test_datasets_of_one_name_in_several_folders(work: Any) -> None:
     """Each run's epochs are counted by its own training set, though all are named alike."""
     folders = [run_folder(work, name, [1.0, 2.0]) for name in "ab"]
     for folder, count in zip(folders, (6, 3), strict=True):

@@ -24,7 +24,7 @@ def test_command_draws_what_the_detector_makes(name: str, work: Any) -> None:
     data = json.loads(written[2].read_text())
     queries, boxes = data["detectors"][0]["queries"], len(data["truth"])
     cfg = loading.load_cfg(work.config(name))
-    height, width = loading.choose_picture(cfg).image.shape[:2]
+    height, width = loading.choose_image(cfg).image.shape[:2]
     positives = [q for q in queries if q["positive"]]
     assert len(positives) == boxes * (1 + max(q["group"] for q in queries))
     assert any(not q["positive"] for q in queries) == (name == "DINO")
@@ -36,13 +36,13 @@ def test_command_draws_what_the_detector_makes(name: str, work: Any) -> None:
 
 def test_noise_of_zero_gives_the_truth_back_and_a_seed_the_same(work: Any) -> None:
     cfg = loading.load_cfg(work.config("DNDETR"), ["MODEL.DN.BOX_NOISE", "0", "MODEL.DN.LABEL_NOISE", "0"])
-    model, picture = loading.load_detector(cfg, untrained=True), loading.choose_picture(cfg)
-    found = denoising.noised(model, picture, seed=0)
+    model, image = loading.load_detector(cfg, untrained=True), loading.choose_image(cfg)
+    found = denoising.noised(model, image, seed=0)
     for x in found:
-        np.testing.assert_allclose(picture.in_pixels(torch.tensor(x.box_cxcywh)), picture.truth_xyxy[x.box], atol=0.2)
-        assert x.label == picture.truth.gt_classes[x.box] and x.positive
+        np.testing.assert_allclose(image.in_pixels(torch.tensor(x.box_cxcywh)), image.truth_xyxy[x.box], atol=0.2)
+        assert x.label == image.truth.gt_classes[x.box] and x.positive
     noisy = loading.load_detector(loading.load_cfg(work.config("DNDETR")), untrained=True)
-    once, twice, other = (denoising.noised(noisy, picture, seed) for seed in (1, 1, 2))
+    once, twice, other = (denoising.noised(noisy, image, seed) for seed in (1, 1, 2))
     assert all((a.box_cxcywh == b.box_cxcywh).all() for a, b in zip(once, twice, strict=True))
     assert any((a.box_cxcywh != b.box_cxcywh).any() for a, b in zip(once, other, strict=True))
 

@@ -17,12 +17,12 @@ from detr_family.modeling.structures import SetPrediction
 
 
 def test_detections_are_counted_per_object(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first object of each picture is found twice, the second once, and once more as another class."""
+    """The first object of each image is found twice, the second once, and once more as another class."""
     cfg = loading.load_cfg(work.config("DETR"))
     model = loading.load_detector(cfg, untrained=True)
     mapper = loading.DETRDatasetMapper(cfg, is_train=False)
-    pictures = [loading.map_picture(cfg, mapper, record) for record in loading.data_set(cfg)]
-    coming = iter(pictures)
+    mapped = [loading.map_image(cfg, mapper, record) for record in loading.dataset(cfg)]
+    coming = iter(mapped)
 
     def predict(images: ImageList, targets: None = None) -> SetPrediction:
         truth = next(coming).targets(torch.device("cpu"))
@@ -37,9 +37,9 @@ def test_detections_are_counted_per_object(work: Any, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(model, "predict", predict)
     counts = duplicates.count(cfg, model, score=0.5, iou=0.9)
-    expected = [n for p in pictures for n in [2, 1, 0, 0, 0, 0][: len(p.truth)]]
+    expected = [n for p in mapped for n in [2, 1, 0, 0, 0, 0][: len(p.truth)]]
     assert counts.per_object.tolist() == expected
-    assert counts.near_duplicates == sum(len(p.truth) > 0 for p in pictures)  # another class is another object
+    assert counts.near_duplicates == sum(len(p.truth) > 0 for p in mapped)  # another class is another object
     row = duplicates.row_of("x", duplicates.Counts(np.array([0, 1, 1, 3]), 3))
     assert (row["missed"], row["once"], row["twice or more"]) == (25, 50, 25)
     assert row["detections per found object"] == pytest.approx(5 / 3)

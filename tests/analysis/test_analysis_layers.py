@@ -30,11 +30,11 @@ def test_nms_and_layers_make_the_difference_that_they_should(work: Any, monkeypa
     """Layer 1 predicts nothing right; layer 2 every true box, and a duplicate of each."""
     cfg = loading.load_cfg(work.config("DETR"))
     model = loading.load_detector(cfg, untrained=True)
-    records = iter(loading.data_set(cfg))
+    records = iter(loading.dataset(cfg))
     mapper = loading.DETRDatasetMapper(cfg, is_train=False)
 
     def predict(images: ImageList, targets: None = None) -> SetPrediction:
-        targets = loading.map_picture(cfg, mapper, next(records)).targets(torch.device("cpu"))
+        targets = loading.map_image(cfg, mapper, next(records)).targets(torch.device("cpu"))
         logits = torch.full((2, 1, 14, 4), -9.0)
         logits[..., 3] = 9.0
         boxes = torch.full((2, 1, 14, 4), 0.01)
@@ -68,7 +68,7 @@ def test_one_class(name: str, work: Any) -> None:
         assert main(["denoising", "--config-file", work.config(name), *output, *opts])
 
 
-def test_a_picture_alone_without_any_test_set(work: Any) -> None:
+def test_a_image_alone_without_any_test_set(work: Any) -> None:
     Image.new("RGB", (90, 60), (200, 10, 30)).save(work.folder / "mine.png")
     for name in ("DETR", "DINO"):
         image = ["--image", str(work.folder / "mine.png"), "--score", "0.999"]
@@ -95,36 +95,36 @@ def test_loading_mistakes(work: Any) -> None:
         main(["layers", "--config-file", config, "MODEL.DETR.NUM_QUERYS", "3"])
 
 
-def test_a_picture_of_ones_own(work: Any) -> None:
-    """A file alone is enough; one that the data set has brings its boxes."""
+def test_a_image_of_ones_own(work: Any) -> None:
+    """A file alone is enough; one that the dataset has brings its boxes."""
     cfg = loading.load_cfg(work.config("DETR"))
     Image.new("RGB", (90, 60), (200, 10, 30)).save(work.folder / "mine.png")
-    mine = loading.choose_picture(cfg, str(work.folder / "mine.png"))
+    mine = loading.choose_image(cfg, str(work.folder / "mine.png"))
     assert len(mine.truth) == 0 and mine.image.shape == (64, 96, 3) and mine.image[0, 0].tolist() == [200, 10, 30]
-    record = max(loading.data_set(cfg), key=lambda r: len(r["annotations"]))
-    known = loading.choose_picture(cfg, record["file_name"])
+    record = max(loading.dataset(cfg), key=lambda r: len(r["annotations"]))
+    known = loading.choose_image(cfg, record["file_name"])
     assert len(known.truth) == len(record["annotations"]) > 0
     x, y, w, h = record["annotations"][0]["bbox"]
     scale = known.image.shape[1] / record["width"]
     assert known.truth_xyxy[0].tolist() == pytest.approx([scale * v for v in (x, y, x + w, y + h)], rel=0.05)
     with pytest.raises(ValueError, match="no true boxes"):
-        loading.choose_picture(cfg, str(work.folder / "mine.png"), need_boxes=True)
-    with pytest.raises(ValueError, match="--index 9: 'shapes_val' has 4 pictures"):
-        loading.choose_picture(cfg, index=9)
+        loading.choose_image(cfg, str(work.folder / "mine.png"), need_boxes=True)
+    with pytest.raises(ValueError, match="--index 9: 'shapes_val' has 4 images"):
+        loading.choose_image(cfg, index=9)
 
 
-def test_bgr_pictures_are_shown_in_rgb(work: Any) -> None:
+def test_bgr_images_are_shown_in_rgb(work: Any) -> None:
     cfg = loading.load_cfg(work.config("DETR"), ["INPUT.FORMAT", "BGR"])
     Image.new("RGB", (90, 60), (200, 10, 30)).save(work.folder / "mine.png")
-    assert loading.choose_picture(cfg, str(work.folder / "mine.png")).image[0, 0].tolist() == [200, 10, 30]
+    assert loading.choose_image(cfg, str(work.folder / "mine.png")).image[0, 0].tolist() == [200, 10, 30]
 
 
 @pytest.mark.parametrize("name", tiny.DETECTORS)
 def test_detections_are_the_detectors_own_with_their_queries(name: str, work: Any) -> None:
     cfg = loading.load_cfg(work.config(name))
     model = loading.load_detector(cfg, untrained=True)
-    picture = loading.choose_picture(cfg)
-    prediction = loading.predict(model, picture)
+    image = loading.choose_image(cfg)
+    prediction = loading.predict(model, image)
     found = loading.detections(model, prediction)
     scores, classes, boxes = model.select(prediction.logits, prediction.boxes, model.topk)
     assert torch.equal(found.scores, scores[0]) and torch.equal(found.classes, classes[0])

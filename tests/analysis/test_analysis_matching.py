@@ -35,20 +35,20 @@ def test_more_boxes_than_queries_and_a_weight_of_zero(work: Any) -> None:
     assert np.abs(data["parts"]["GIoU"]).max() == 0 < np.abs(data["parts"]["L1"]).max()
 
 
-def test_another_picture(work: Any) -> None:
+def test_another_image(work: Any) -> None:
     cfg = loading.load_cfg(work.config("DABDETR"))
-    index, record = next((i, r) for i, r in enumerate(loading.data_set(cfg)) if r["annotations"])
+    index, record = next((i, r) for i, r in enumerate(loading.dataset(cfg)) if r["annotations"])
     data = json.loads(work.call("matching", "DABDETR", "--index", str(index))[2].read_text())
     assert data["picture"] == record["file_name"].rsplit("/", 1)[-1]
 
 
 def test_assigned_queries_are_always_shown(work: Any) -> None:
     cfg = loading.load_cfg(work.config("DETR"))
-    found = matching.match(loading.load_detector(cfg, untrained=True), loading.choose_picture(cfg))
+    found = matching.match(loading.load_detector(cfg, untrained=True), loading.choose_image(cfg))
     assert set(found.query) <= set(matching.shown_queries(found))
 
 
-def test_a_picture_without_boxes_is_told(work: Any) -> None:
+def test_a_image_without_boxes_is_told(work: Any) -> None:
     work.without_boxes()
     with pytest.raises(SystemExit, match="has no true boxes"):
         work.call("matching", "DETR")
@@ -69,5 +69,5 @@ def test_instability_of_runs(work: Any) -> None:
 
 
 def test_nothing_to_do_is_told(work: Any) -> None:
-    with pytest.raises(SystemExit, match="give --config-file for the matching of a picture, or --run"):
+    with pytest.raises(SystemExit, match="give --config-file for the matching of an image, or --run"):
         main(["matching", "--output", str(work.output)])

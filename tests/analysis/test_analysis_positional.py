@@ -71,8 +71,8 @@ def test_models_side_by_side(work: Any) -> None:
 def test_detrs_map_is_that_of_its_layer_when_the_content_is_zero(work: Any) -> None:
     cfg = loading.load_cfg(work.config("DETR"), ["MODEL.DETR.DEC_LAYERS", "1"])
     model = loading.load_detector(cfg, untrained=True)
-    picture = loading.choose_picture(cfg)
-    maps = positional.model_maps(model, picture)
+    image = loading.choose_image(cfg)
+    maps = positional.model_maps(model, image)
     layer = model.transformer.decoder.layers[0].multihead_attn
     grid = torch.zeros(1, *maps.shape[1:], dtype=torch.bool)
     position = model.position_encoding(grid).flatten(1, 2)

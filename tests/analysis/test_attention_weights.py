@@ -110,7 +110,7 @@ def test_every_attention_of_every_detector(name: str) -> None:
     for handle in handles:
         handle.remove()
     assert {call.name for call in calls} == set(layers) and len(calls) == len(layers)
-    valid = 6  # tokens of the first picture that are not padding, at least
+    valid = 6  # tokens of the first image that are not padding, at least
     for call in calls:
         expected = outputs[call.name]
         rows = slice(None) if "decoder" in call.name else slice(valid)

@@ -20,7 +20,7 @@ TINY = {
 
 @pytest.fixture
 def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The tool with lists of its own: few pictures, tiny budgets."""
+    """The tool with lists of its own: few images, tiny budgets."""
     spec = importlib.util.spec_from_file_location("make_figures", ROOT / "tools" / "make_figures.py")
     assert spec is not None and spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
@@ -45,7 +45,7 @@ def test_figures_without_training_are_the_same_each_time(tool: Any, tmp_path: Pa
     assert all(len(data) < 150_000 for data in contents[0].values())
 
 
-def test_a_picture_too_large_for_the_docs_is_refused(
+def test_a_image_too_large_for_the_docs_is_refused(
     tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.effect_noise((300, 300), 90).save(tmp_path / "noise.png")
@@ -56,11 +56,11 @@ def test_a_picture_too_large_for_the_docs_is_refused(
 
 def test_every_figure_of_the_story_is_drawn_by_the_tool_and_there() -> None:
     story = (ROOT / "docs" / "story.md").read_text()
-    pictures = sorted((ROOT / "docs" / "figures").glob("*.png"))
-    assert {f"figures/{path.name}" for path in pictures} == {
+    images = sorted((ROOT / "docs" / "figures").glob("*.png"))
+    assert {f"figures/{path.name}" for path in images} == {
         part.split(")")[0] for part in story.split("](")[1:] if part.startswith("figures/")
     }
-    assert all(path.stat().st_size < 150_000 for path in pictures)
+    assert all(path.stat().st_size < 150_000 for path in images)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def test_cost_of_denoising(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr("sys.argv", ["denoising", "--config-file", CONFIG, *options, *small])
     denoising.main()
     printed = capsys.readouterr().out
-    assert "2 pictures of 64x64 with 3 boxes" in printed
+    assert "2 images of 64x64 with 3 boxes" in printed
     assert re.search(r"making the groups \d+\.\d+ ms", printed)
 
 

@@ -64,7 +64,7 @@ def test_without_the_setting_it_is_an_error_that_names_it(tmp_path: Path) -> Non
 def test_as_many_classes_of_other_names_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     DETRCheckpointer(tiny.build("DETR"), str(tmp_path), class_names=["a", "b", "c"]).save("old")
     DETRCheckpointer(tiny.build("DETR"), class_names=["a", "c", "b"]).load(str(tmp_path / "old.pth"))
-    assert "has classes a, b, c, this data set has as many of other names" in caplog.text
+    assert "has classes a, b, c, this dataset has as many of other names" in caplog.text
 
 
 def test_names_must_be_known(tmp_path: Path) -> None:

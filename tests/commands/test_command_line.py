@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch._utils import ExceptionWrapper
 
-from detr_family.data.images import PictureError, read_picture
+from detr_family.data.images import ImageError, read_image
 from detr_family.errors import UserError, message_of, mistakes
 
 
@@ -14,8 +14,8 @@ def test_errors_of_files_and_settings_are_the_users() -> None:
         raise ValueError("SEED is -3")
     with pytest.raises(UserError, match="No such file or directory: 'nowhere'"), mistakes():
         open("nowhere").close()
-    with pytest.raises(PictureError), mistakes():
-        raise PictureError("stays what it is")
+    with pytest.raises(ImageError), mistakes():
+        raise ImageError("stays what it is")
 
 
 def test_a_bug_keeps_its_traceback() -> None:
@@ -29,9 +29,9 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 def test_a_data_workers_traceback_is_left_out() -> None:
     try:
-        read_picture("nowhere.png", "RGB")
-    except PictureError as error:
+        read_image("nowhere.png", "RGB")
+    except ImageError as error:
         wrapped, alone = ExceptionWrapper(where="in DataLoader worker process 0"), str(error)
-    with pytest.raises(PictureError, match="Original Traceback") as caught:
+    with pytest.raises(ImageError, match="Original Traceback") as caught:
         wrapped.reraise()
     assert message_of(caught.value) == alone and "nowhere.png" in alone

@@ -1,4 +1,4 @@
-"""The data check as a command: exit status, JSON, and the sheet of augmented pictures."""
+"""The data check as a command: exit status, JSON, and the sheet of augmented images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from own_data import ANNOTATIONS, write
 from PIL import Image
 
-from detr_family.commands.data_check import config_of, draw_training_pictures, parser, run
-from detr_family.data.datasets import register_datasets
+from detr_family.commands.data_check import config_of, draw_training_images, parser, run
+from detr_family.data import register_datasets
 from detr_family.data.datasets.shapes import write_shapes
 from detr_family.visualization.draw import COLOURS
 
@@ -41,7 +41,7 @@ def status(*arguments: str) -> int:
 def test_a_clean_set_has_status_0_and_its_counts(shapes: list[str], capsys: pytest.CaptureFixture) -> None:
     assert status(*shapes) == 0
     text = capsys.readouterr().out
-    assert "30 pictures" in text and "triangle" in text and "0 errors, 0 warnings, 2 notes" in text
+    assert "30 images" in text and "triangle" in text and "0 errors, 0 warnings, 2 notes" in text
 
 
 def test_warnings_have_status_1_and_errors_2(coco_folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -74,7 +74,7 @@ def test_json_report(shapes: list[str], tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_nothing_to_check_is_said(capsys: pytest.CaptureFixture) -> None:
     assert status("DATASETS.TRAIN", "()", "DATASETS.TEST", "()") == 2
-    assert "No data set to check" in capsys.readouterr().err
+    assert "No dataset to check" in capsys.readouterr().err
 
 
 def test_the_sheet_shows_what_the_training_sees(shapes: list[str]) -> None:
@@ -82,22 +82,22 @@ def test_the_sheet_shows_what_the_training_sees(shapes: list[str]) -> None:
     cfg = config_of(args)
     register_datasets(cfg)
     before = np.random.get_state()[1].tolist()
-    sheet = draw_training_pictures(cfg, 6, seed=1)
-    assert sheet == draw_training_pictures(cfg, 6, seed=1)  # repeatable, and no trace in numpy's global state
+    sheet = draw_training_images(cfg, 6, seed=1)
+    assert sheet == draw_training_images(cfg, 6, seed=1)  # repeatable, and no trace in numpy's global state
     assert np.random.get_state()[1].tolist() == before
     pixels = np.asarray(sheet)
     for colour in COLOURS[:3]:  # each of the three classes is shown
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (pixels == rgb).all(-1).sum() > 100
     cfg.INPUT.RANDOM_FLIP = "vertical"
-    assert sheet != draw_training_pictures(cfg, 6, seed=1)
+    assert sheet != draw_training_images(cfg, 6, seed=1)
 
 
-def test_a_damaged_picture_has_its_place_on_the_sheet(coco_folder: Path) -> None:
+def test_a_damaged_image_has_its_place_on_the_sheet(coco_folder: Path) -> None:
     (coco_folder / "a.png").write_bytes(b"")
     cfg = config_of(parser(CONFIG).parse_args(["--train", write(coco_folder), str(coco_folder)]))
     register_datasets(cfg)
-    sheet = draw_training_pictures(cfg, 9)
+    sheet = draw_training_images(cfg, 9)
     assert (np.asarray(sheet) == 0xBB).all(-1).sum() > 50000
 
 

@@ -18,8 +18,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from own_data import CATEGORIES, write
 from PIL import Image
+from predicting import NAMES, Bomb, config
 from pycocotools.coco import COCO
-from test_predictor import NAMES, Bomb, config
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.commands.demo import category_ids, find_inputs, parser, run
@@ -29,14 +29,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three pictures, one of them damaged, a text; a configuration and a checkpoint of a tiny detector."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    """Three images, one of them damaged, a text; a configuration and a checkpoint of a tiny detector."""
+    images = tmp_path / "images"
+    images.mkdir()
     for seed, name in enumerate(("a.png", "b.jpg", "c.png")):
         pixels = np.random.default_rng(seed).integers(0, 256, (40 + 8 * seed, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(pictures / name)
-    (pictures / "broken.png").write_bytes((pictures / "a.png").read_bytes()[:200])
-    (pictures / "notes.txt").write_text("text")
+        Image.fromarray(pixels).save(images / name)
+    (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:200])
+    (images / "notes.txt").write_text("text")
     (tmp_path / "config.yaml").write_text(config("DETR").dump())
     DETRCheckpointer(tiny.build("DETR"), str(tmp_path), class_names=NAMES).save("weights")
     return tmp_path
@@ -52,22 +52,22 @@ def read(folder: Path, name: str) -> Any:
     return json.loads((folder / "out" / name).read_text())
 
 
-def test_a_folder_gives_drawn_pictures_and_json_and_names_what_is_broken(
+def test_a_folder_gives_drawn_images_and_json_and_names_what_is_broken(
     folder: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert demo(folder, folder / "pictures") == 1
+    assert demo(folder, folder / "images") == 1
     said = capsys.readouterr()
-    assert "3 pictures, 21 boxes" in said.out
+    assert "3 images, 21 boxes" in said.out
     assert "1 could not be read" in said.err and "broken.png cannot be read" in said.err
-    assert "1 files are no pictures" in said.err
+    assert "1 files are no images" in said.err
     out = folder / "out"
     assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.jpg", "c.png", "images.json", "results.json"]
-    drawn, source = (np.asarray(Image.open(p / "a.png").convert("RGB")) for p in (out, folder / "pictures"))
+    drawn, source = (np.asarray(Image.open(p / "a.png").convert("RGB")) for p in (out, folder / "images"))
     assert drawn.shape == source.shape and (drawn != source).any()
 
 
 def test_the_json_is_what_pycocotools_takes(folder: Path) -> None:
-    assert demo(folder, folder / "pictures" / "a.png", folder / "pictures" / "c.png") == 0
+    assert demo(folder, folder / "images" / "a.png", folder / "images" / "c.png") == 0
     results, images = read(folder, "results.json"), read(folder, "images.json")
     assert [category["name"] for category in images["categories"]] == NAMES
     assert [Path(image["file_name"]).name for image in images["images"]] == ["a.png", "c.png"]
@@ -81,21 +81,21 @@ def test_the_json_is_what_pycocotools_takes(folder: Path) -> None:
 
 
 def test_the_threshold_holds_and_a_high_one_is_explained(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    demo(folder, folder / "pictures" / "a.png")
+    demo(folder, folder / "images" / "a.png")
     scores = sorted(entry["score"] for entry in read(folder, "results.json"))
     middle = (scores[3] + scores[4]) / 2
-    assert demo(folder, folder / "pictures" / "a.png", threshold=str(middle)) == 0
+    assert demo(folder, folder / "images" / "a.png", threshold=str(middle)) == 0
     assert [entry["score"] for entry in read(folder, "results.json")] == pytest.approx(scores[:3:-1])
-    assert demo(folder, folder / "pictures" / "a.png", threshold="1") == 0
+    assert demo(folder, folder / "images" / "a.png", threshold="1") == 0
     assert f"The best score of all is {scores[-1]:.3f}" in capsys.readouterr().out
-    assert demo(folder, folder / "pictures" / "a.png", threshold="7") == 2
+    assert demo(folder, folder / "images" / "a.png", threshold="7") == 2
     assert "--confidence-threshold is 7.0" in capsys.readouterr().err
 
 
-def test_category_ids_are_those_of_the_data_set_where_it_is_here(coco_folder: Path) -> None:
+def test_category_ids_are_those_of_the_dataset_where_it_is_here(coco_folder: Path) -> None:
     cfg = config("DETR")
     assert category_ids(cfg, NAMES) == [1, 2, 3]
-    from detr_family.data.datasets import register_coco_format
+    from detr_family.data import register_coco_format
 
     register_coco_format("demo ids", write(coco_folder), str(coco_folder))
     register_coco_format("demo gone", str(coco_folder / "gone.json"), str(coco_folder))
@@ -110,11 +110,11 @@ def test_category_ids_are_those_of_the_data_set_where_it_is_here(coco_folder: Pa
 
 
 def test_inputs_are_files_folders_and_globs_each_once(folder: Path) -> None:
-    pictures = folder / "pictures"
-    (pictures / "below").mkdir()
-    (pictures / "below" / "d.PNG").write_bytes(b"")
-    (pictures / "clip.mp4").write_bytes(b"")
-    found, videos, others = find_inputs([str(pictures), str(pictures / "*.png"), str(pictures / "**" / "d.*")])
+    images = folder / "images"
+    (images / "below").mkdir()
+    (images / "below" / "d.PNG").write_bytes(b"")
+    (images / "clip.mp4").write_bytes(b"")
+    found, videos, others = find_inputs([str(images), str(images / "*.png"), str(images / "**" / "d.*")])
     assert [path.name for path in found] == ["a.png", "b.jpg", "broken.png", "c.png", "d.PNG"]
     assert [path.name for path in videos] == ["clip.mp4"] and [path.name for path in others] == ["notes.txt"]
 
@@ -122,9 +122,9 @@ def test_inputs_are_files_folders_and_globs_each_once(folder: Path) -> None:
 def test_inputs_that_are_nothing(folder: Path, capsys: pytest.CaptureFixture) -> None:
     (folder / "empty").mkdir()
     for given, message in {
-        "empty": "has no picture or video among its 0 files",
+        "empty": "has no image or video among its 0 files",
         "none.png": "is no file or folder, and as a pattern it matches no file",
-        "pictures/*.txt": "has no picture or video among its 1 files",
+        "images/*.txt": "has no image or video among its 1 files",
     }.items():
         assert demo(folder, folder / given) == 2
         error = capsys.readouterr().err
@@ -132,10 +132,10 @@ def test_inputs_that_are_nothing(folder: Path, capsys: pytest.CaptureFixture) ->
     assert not (folder / "out").exists()
 
 
-def test_pictures_of_one_name_are_both_written(folder: Path) -> None:
+def test_images_of_one_name_are_both_written(folder: Path) -> None:
     (folder / "more").mkdir()
     Image.new("RGB", (30, 20)).save(folder / "more" / "a.png")
-    assert demo(folder, folder / "pictures" / "a.png", folder / "more" / "a.png") == 0
+    assert demo(folder, folder / "images" / "a.png", folder / "more" / "a.png") == 0
     assert Image.open(folder / "out" / "a.png").size == (64, 40)
     assert Image.open(folder / "out" / "a_2.png").size == (30, 20)
 
@@ -152,9 +152,9 @@ def test_a_detector_of_ones_own_is_made_known_first(folder: Path, monkeypatch: p
         "    pass\n"
     )
     monkeypatch.chdir(folder)
-    assert demo(folder, folder / "pictures" / "a.png", more=("--import", "detector_of_the_tests")) == 0
+    assert demo(folder, folder / "images" / "a.png", more=("--import", "detector_of_the_tests")) == 0
     with pytest.raises(SystemExit):
-        demo(folder, folder / "pictures" / "a.png", more=("--import", "detector_of_nobody"))
+        demo(folder, folder / "images" / "a.png", more=("--import", "detector_of_nobody"))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
@@ -162,7 +162,7 @@ def test_a_malicious_checkpoint_is_refused(folder: Path, suffix: str, capsys: py
     content = {"model": {"a": torch.zeros(2)}, "class_names": [Bomb(folder / "exploded")]}
     path = folder / f"bomb{suffix}"
     torch.save(content, path) if suffix == ".pth" else path.write_bytes(pickle.dumps(content))
-    assert demo(folder, folder / "pictures", more=("--weights", str(path))) == 2
+    assert demo(folder, folder / "images", more=("--weights", str(path))) == 2
     assert "loaded safely" in capsys.readouterr().err and not (folder / "exploded").exists()
 
 
@@ -180,7 +180,7 @@ def test_a_video(folder: Path, capsys: pytest.CaptureFixture) -> None:
         writer.write(np.full((48, 64, 3), 50 * shade, np.uint8))
     writer.release()
     (folder / "broken.avi").write_bytes(b"no video")
-    assert demo(folder, folder / "clip.mp4", folder / "broken.avi", folder / "pictures" / "a.png") == 1
+    assert demo(folder, folder / "clip.mp4", folder / "broken.avi", folder / "images" / "a.png") == 1
     assert "broken.avi cannot be read" in capsys.readouterr().err
     capture = cv2.VideoCapture(str(folder / "out" / "clip.mp4"))
     frames = 0
@@ -194,7 +194,7 @@ def test_a_video(folder: Path, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.slow
 def test_the_program_itself(folder: Path) -> None:
     command = [sys.executable, str(ROOT / "demo.py"), "--config-file", str(ROOT / "configs/detr_quickstart.yaml")]
-    command += ["--weights", str(folder / "none.pth"), "--input", str(folder / "pictures")]
+    command += ["--weights", str(folder / "none.pth"), "--input", str(folder / "images")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert ended.returncode == 2

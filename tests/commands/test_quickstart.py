@@ -25,16 +25,16 @@ lines = [{"iteration": 1, "total_loss": 3.0}, {"iteration": 2, "bbox/AP": 4.0, "
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """train_net.py's stand-in, a config file, few pictures and no drawing."""
-    monkeypatch.setattr(module, "_TRAIN_PICTURES", 3)
-    monkeypatch.setattr(module, "_VAL_PICTURES", 2)
+    """train_net.py's stand-in, a config file, few images and no drawing."""
+    monkeypatch.setattr(module, "_TRAIN_IMAGES", 3)
+    monkeypatch.setattr(module, "_VAL_IMAGES", 2)
     monkeypatch.setattr(module, "draw_predictions", lambda *arguments: [])
     (tmp_path / "train_net.py").write_text(STAND_IN)
     (tmp_path / "small.yaml").write_text("VERSION: 2\n")
     return tmp_path / "train_net.py", tmp_path / "small.yaml", tmp_path / "out"
 
 
-def test_runs_train_net_with_the_data_set_and_reports_ap(stand_in):
+def test_runs_train_net_with_the_dataset_and_reports_ap(stand_in):
     assert quickstart(*stand_in, device="cpu") == (4.0, 8.0)
     output = stand_in[2]
     arguments = json.loads((output / "arguments.json").read_text())
@@ -84,8 +84,8 @@ def test_missing_config_and_device(stand_in, monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_TRAIN_PICTURES", 8)
-    monkeypatch.setattr(module, "_VAL_PICTURES", 4)
+    monkeypatch.setattr(module, "_TRAIN_IMAGES", 8)
+    monkeypatch.setattr(module, "_VAL_IMAGES", 4)
     recipe = tmp_path / "short.yaml"
     recipe.write_text(
         f"_BASE_: {ROOT / 'configs' / 'dino_quickstart.yaml'}\nSOLVER: {{MAX_ITER: 3, STEPS: [2], IMS_PER_BATCH: 2}}\n"

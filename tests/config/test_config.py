@@ -102,8 +102,8 @@ def test_evaluation_does_not_need_the_training_sets_file(cfg: CfgNode, tmp_path:
             MetadataCatalog.pop(name)
 
 
-def test_no_data_set_and_no_count_is_an_error(cfg: CfgNode) -> None:
-    with pytest.raises(ValueError, match=r"NUM_CLASSES is -1 and no data set"):
+def test_no_dataset_and_no_count_is_an_error(cfg: CfgNode) -> None:
+    with pytest.raises(ValueError, match=r"NUM_CLASSES is -1 and no dataset"):
         num_classes(cfg)
     cfg.DATASETS.TRAIN = ("never_heard_of",)
     with pytest.raises(ValueError, match=r"'never_heard_of' is not registered.*DATASETS\.COCO_FORMAT"):

@@ -13,13 +13,13 @@ from detectron2.config import CfgNode
 from own_data import ANNOTATIONS, CATEGORIES, IMAGES, write
 from PIL import Image
 
-from detr_family.data.check import Finding, annotation_findings, picture_findings, read_part, statistics
-from detr_family.data.datasets import register_coco_format, training_dicts
+from detr_family.data import register_coco_format, training_dicts
+from detr_family.data.check import Finding, annotation_findings, image_findings, read_part, statistics
 
 
 @pytest.fixture
 def folder(coco_folder: Path) -> Path:
-    """Pictures of noise, each another one."""
+    """Images of noise, each another one."""
     for seed, image in enumerate(IMAGES):
         pixels = np.random.default_rng(seed).integers(0, 256, (image["height"], image["width"], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(coco_folder / image["file_name"])
@@ -27,11 +27,11 @@ def folder(coco_folder: Path) -> Path:
 
 
 def findings(folder: Path, changes: dict[str, Any] | None = None, queries: int = 100) -> dict[str, Finding]:
-    """By kind, of a training set with these changes, pictures included."""
+    """By kind, of a training set with these changes, images included."""
     name = f"check {time.monotonic_ns()}"
     register_coco_format(name, write(folder, changes, f"{name}.json"), str(folder))
     part = read_part(name, training=True)
-    found = annotation_findings([part], queries) + picture_findings([part], 2, progress=False)
+    found = annotation_findings([part], queries) + image_findings([part], 2, progress=False)
     kinds = {finding.kind: finding for finding in found}
     assert len(kinds) == len(found)
     return kinds
@@ -116,7 +116,7 @@ def test_more_objects_than_queries(folder: Path) -> None:
     assert found.count == 1 and found.examples[0].endswith("a.png (2)") and "NUM_QUERIES" in found.text
 
 
-def test_unreadable_pictures_are_found_and_named(folder: Path) -> None:
+def test_unreadable_images_are_found_and_named(folder: Path) -> None:
     (folder / "a.png").write_bytes((folder / "a.png").read_bytes()[:300])
     (folder / "c.png").write_bytes(b"")
     found = findings(folder)["unreadable_pictures"]
@@ -124,14 +124,14 @@ def test_unreadable_pictures_are_found_and_named(folder: Path) -> None:
     assert "a.png cannot be read" in found.examples[0] and "c.png cannot be read" in found.examples[1]
 
 
-def test_equal_pictures_are_found_whatever_their_file(folder: Path) -> None:
+def test_equal_images_are_found_whatever_their_file(folder: Path) -> None:
     Image.open(folder / "b.png").save(folder / "copy.bmp")
     images = [*IMAGES, {"id": 30, "file_name": "copy.bmp", "width": 50, "height": 40}]
     found = findings(folder, {"images": images})["duplicate_pictures"]
     assert found.count == 1 and "b.png = " in found.examples[0] and "copy.bmp" in found.examples[0]
 
 
-def test_pictures_that_test_and_training_share(folder: Path) -> None:
+def test_images_that_test_and_training_share(folder: Path) -> None:
     Image.open(folder / "b.png").save(folder / "copy.bmp")
     ours = [{"id": 1, "file_name": "copy.bmp", "width": 50, "height": 40}, {**IMAGES[1], "id": 2}]
     register_coco_format("train part", write(folder), str(folder))
@@ -140,7 +140,7 @@ def test_pictures_that_test_and_training_share(folder: Path) -> None:
     parts = [read_part("train part", True), read_part("test part", False)]
     by_file = [f for f in annotation_findings(parts) if f.kind == "overlap_file"]
     assert [(f.level, f.count, f.dataset) for f in by_file] == [("warning", 1, "train part / test part")]
-    by_content = [f for f in picture_findings(parts, progress=False) if f.kind == "overlap_content"]
+    by_content = [f for f in image_findings(parts, progress=False) if f.kind == "overlap_content"]
     assert [(f.count, len(f.examples)) for f in by_content] == [(2, 2)]
 
 
@@ -153,12 +153,12 @@ def test_training_says_what_it_finds_before_the_first_step(
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.MODEL.DETR.NUM_QUERIES = ("quick train",), ("quick test",), 1
 
     def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("a picture was opened")
+        raise AssertionError("an image was opened")
 
     monkeypatch.setattr(Image, "open", never)
     with caplog.at_level(logging.WARNING):
         training_dicts(cfg)
-    parts = ("1 classes have no box [mite]", "more objects than the detector has queries (1)", "3 of 3 test pictures")
+    parts = ("1 classes have no box [mite]", "more objects than the detector has queries (1)", "3 of 3 test images")
     for part in parts:
         assert part in caplog.text
 

@@ -1,4 +1,4 @@
-"""DETR's augmentation, and pictures that cannot be used."""
+"""DETR's augmentation, and images that cannot be used."""
 
 import numpy as np
 import pytest
@@ -31,14 +31,14 @@ def annotation(box, category=1, **more):
     return {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "category_id": category, "iscrowd": 0, **more}
 
 
-def record(tmp_path, *annotations, picture=None, name="a.png", **changes):
-    """A picture, black but for white where the first box is."""
-    if picture is None:
+def record(tmp_path, *annotations, image=None, name="a.png", **changes):
+    """An image, black but for white where the first box is."""
+    if image is None:
         pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
         x, y, w, h = (int(value) for value in BOX)
         pixels[y : y + h, x : x + w] = 255
-        picture = Image.fromarray(pixels)
-    picture.save(tmp_path / name)
+        image = Image.fromarray(pixels)
+    image.save(tmp_path / name)
     return {
         "file_name": str(tmp_path / name),
         "height": HEIGHT,
@@ -50,7 +50,7 @@ def record(tmp_path, *annotations, picture=None, name="a.png", **changes):
 
 
 def white_box(image):
-    """Where the picture is white: x1, y1, x2, y2."""
+    """Where the image is white: x1, y1, x2, y2."""
     rows, columns = torch.where(image[0] > 127)
     return torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
 
@@ -67,7 +67,7 @@ def test_output_in_training(cfg, tmp_path):
     }
     assert output["instances"].image_size == tuple(output["image"].shape[1:])
     assert output["instances"].gt_classes.tolist() == [2]  # crowds are gone
-    assert len(source["annotations"]) == 2 and "image" not in source  # the data set stays as it was
+    assert len(source["annotations"]) == 2 and "image" not in source  # the dataset stays as it was
 
 
 def test_output_in_evaluation(cfg, tmp_path):
@@ -78,7 +78,7 @@ def test_output_in_evaluation(cfg, tmp_path):
     assert (output["height"], output["width"]) == (HEIGHT, WIDTH)
 
 
-def test_boxes_follow_the_picture_through_flip_crop_and_resize(cfg, tmp_path):
+def test_boxes_follow_the_image_through_flip_crop_and_resize(cfg, tmp_path):
     cfg.INPUT.CROP.ENABLED = True
     mapper = DETRDatasetMapper(cfg, is_train=True)
     source = record(tmp_path, annotation(BOX))
@@ -93,16 +93,16 @@ def test_boxes_follow_the_picture_through_flip_crop_and_resize(cfg, tmp_path):
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_crop_is_for_half_of_the_pictures_where_enabled(cfg, tmp_path, enabled):
+def test_crop_is_for_half_of_the_images_where_enabled(cfg, tmp_path, enabled):
     cfg.INPUT.CROP.ENABLED = enabled
     mapper = DETRDatasetMapper(cfg, is_train=True)
     source = record(tmp_path)
-    whole = {(48, 72), (67, 100)}  # the uncropped picture at either size
+    whole = {(48, 72), (67, 100)}  # the uncropped image at either size
     cropped = sum(tuple(mapper(source)["image"].shape[1:]) not in whole for _ in range(200))
     assert 60 <= cropped <= 140 if enabled else cropped == 0
 
 
-def test_crop_comes_from_the_picture_resized_without_limit(cfg, monkeypatch, tmp_path):
+def test_crop_comes_from_the_image_resized_without_limit(cfg, monkeypatch, tmp_path):
     seen = []
     plain = T.RandomCrop.get_transform
 
@@ -161,24 +161,24 @@ def noise(mode="RGB"):
 
 @pytest.mark.parametrize("is_train", [True, False])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
-def test_truncated_picture(cfg, tmp_path, name, is_train):
-    source = record(tmp_path, picture=noise(), name=name)
+def test_truncated_image(cfg, tmp_path, name, is_train):
+    source = record(tmp_path, image=noise(), name=name)
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=f"picture .*{name} cannot be read .*DATASETS.COCO_FORMAT"):
+    with pytest.raises(ValueError, match=f"image .*{name} cannot be read .*DATASETS.COCO_FORMAT"):
         DETRDatasetMapper(cfg, is_train)(source)
 
 
-def test_picture_that_is_missing_empty_or_none(cfg, tmp_path):
+def test_image_that_is_missing_empty_or_none(cfg, tmp_path):
     source = record(tmp_path)
     mapper = DETRDatasetMapper(cfg, is_train=True)
     for content in (b"", b"<html>not found</html>", None):
         (tmp_path / "a.png").unlink() if content is None else (tmp_path / "a.png").write_bytes(content)
-        with pytest.raises(ValueError, match=r"picture .*a\.png cannot be read .*Restore the file"):
+        with pytest.raises(ValueError, match=r"image .*a\.png cannot be read .*Restore the file"):
             mapper(source)
 
 
-def test_picture_of_another_size_than_the_annotation_file_says(cfg, tmp_path):
+def test_image_of_another_size_than_the_annotation_file_says(cfg, tmp_path):
     source = record(tmp_path, width=HEIGHT, height=WIDTH)
     with pytest.raises(ValueError, match=r"a\.png: Mismatched image shape .*\(90, 60\), expect \(60, 90\)"):
         DETRDatasetMapper(cfg, is_train=True)(source)
@@ -187,20 +187,20 @@ def test_picture_of_another_size_than_the_annotation_file_says(cfg, tmp_path):
 @pytest.mark.parametrize(
     ("mode", "name"), [("P", "a.png"), ("L", "a.png"), ("RGBA", "a.png"), ("1", "a.png"), ("CMYK", "a.jpg")]
 )
-def test_other_modes_of_picture_are_read_as_rgb(cfg, tmp_path, mode, name):
-    output = DETRDatasetMapper(cfg, is_train=False)(record(tmp_path, picture=noise(mode), name=name))
+def test_other_modes_of_image_are_read_as_rgb(cfg, tmp_path, mode, name):
+    output = DETRDatasetMapper(cfg, is_train=False)(record(tmp_path, image=noise(mode), name=name))
     assert output["image"].shape[0] == 3 and output["image"].dtype == torch.uint8
     assert 90 < output["image"].float().mean() < 165
 
 
 @pytest.mark.parametrize("is_train", [True, False])
 def test_sixteen_bits_are_refused(cfg, tmp_path, is_train):
-    picture = Image.fromarray(np.full((HEIGHT, WIDTH), 1000, np.uint16))
+    image = Image.fromarray(np.full((HEIGHT, WIDTH), 1000, np.uint16))
     with pytest.raises(ValueError, match=r"a\.png has more than 8 bits a channel \(PIL mode 'I"):
-        DETRDatasetMapper(cfg, is_train)(record(tmp_path, picture=picture))
+        DETRDatasetMapper(cfg, is_train)(record(tmp_path, image=image))
 
 
-def test_picture_is_turned_by_its_exif_orientation(cfg, tmp_path):
+def test_image_is_turned_by_its_exif_orientation(cfg, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "turned.jpg", exif=exif)

@@ -19,13 +19,13 @@ from detr_family.engine.processes import run_and_leave
 from detr_family.engine.step import TrainStep
 from detr_family.engine.trainer import check_batch_size
 
-# Parts of one picture size and one greatest number of boxes, but with different numbers of boxes.
+# Parts of one image size and one greatest number of boxes, but with different numbers of boxes.
 COUNTS = ((3, 1), (0, 3), (3, 0), (3, 3))
 
 
-def pictures(step: int) -> list[list[dict[str, Any]]]:
+def images(step: int) -> list[list[dict[str, Any]]]:
     seeds = iter(range(100 * step, 100 * (step + 1)))
-    return [[tiny.picture(64, 96, count, seed=next(seeds)) for count in part] for part in COUNTS]
+    return [[tiny.image(64, 96, count, seed=next(seeds)) for count in part] for part in COUNTS]
 
 
 def five_steps(name: str, batches: list[list[dict[str, Any]]], accumulation: int) -> tuple[dict[str, Tensor], float]:
@@ -49,8 +49,8 @@ def five_steps(name: str, batches: list[list[dict[str, Any]]], accumulation: int
 
 @pytest.mark.parametrize("name", tiny.DETECTORS)
 def test_parts_are_the_whole(name: str) -> None:
-    whole, loss = five_steps(name, [[x for part in pictures(i) for x in part] for i in range(5)], 1)
-    parts, parts_loss = five_steps(name, [part for i in range(5) for part in pictures(i)], len(COUNTS))
+    whole, loss = five_steps(name, [[x for part in images(i) for x in part] for i in range(5)], 1)
+    parts, parts_loss = five_steps(name, [part for i in range(5) for part in images(i)], len(COUNTS))
     assert parts_loss == pytest.approx(loss, rel=1e-5)
     for key, value in whole.items():
         torch.testing.assert_close(parts[key], value, rtol=0, atol=1e-5, msg=key)

@@ -18,8 +18,8 @@ from detr_family.modeling.set_detector import SetDetector
 from detr_family.modeling.structures import Assignment
 
 
-def pictures() -> list[dict[str, Any]]:
-    return [tiny.picture(64, 96, 3, seed=0), tiny.picture(80, 48, 0, seed=1), tiny.picture(64, 64, 2, seed=2)]
+def images() -> list[dict[str, Any]]:
+    return [tiny.image(64, 96, 3, seed=0), tiny.image(80, 48, 0, seed=1), tiny.image(64, 64, 2, seed=2)]
 
 
 def same(x: dict[str, Any]) -> dict[str, Any]:
@@ -46,15 +46,15 @@ def told(*queries: int) -> SetDetector:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_every_query_has_the_box_it_is_matched_to(batch_size: int) -> None:
-    v = matchings(told(4, 0, 6, 3, 1), pictures(), same, batch_size)
+    v = matchings(told(4, 0, 6, 3, 1), images(), same, batch_size)
     assert [x.tolist() for x in v] == [[1, -1, -1, -1, 0, -1, 2], [-1] * 7, [-1, 1, -1, 0, -1, -1, -1]]
 
 
 def test_is_counts_the_queries_that_changed() -> None:
-    hook = MatchingInstability(pictures(), same, period=5, batch_size=3)
+    hook = MatchingInstability(images(), same, period=5, batch_size=3)
     assert hook.measure(told(4, 0, 6, 3, 1)) is None
     assert hook.measure(told(4, 0, 6, 3, 1)) == 0
-    # Boxes 0 and 1 of the first picture change places (two queries), box 0 of the last goes to a free one (two).
+    # Boxes 0 and 1 of the first image change places (two queries), box 0 of the last goes to a free one (two).
     assert hook.measure(told(0, 4, 6, 5, 1)) == pytest.approx(4 / 3)
 
 
@@ -78,12 +78,12 @@ def test_it_is_recorded_at_the_end_of_epochs_and_goes_on_after_a_resume() -> Non
         return recorded
 
     a, b, c = (4, 0, 6, 3, 1), (0, 4, 6, 3, 1), (0, 4, 6, 3, 2)
-    hook = MatchingInstability(pictures(), same, period=2, batch_size=3)
+    hook = MatchingInstability(images(), same, period=2, batch_size=3)
     assert epochs(hook, [a, b], 0) == {3: pytest.approx(2 / 3)}
-    other = MatchingInstability(pictures(), same, period=2, batch_size=3)
+    other = MatchingInstability(images(), same, period=2, batch_size=3)
     other.load_state_dict(hook.state_dict())
     assert epochs(other, [c], 4) == {5: pytest.approx(2 / 3)}
-    stranger = MatchingInstability(pictures()[:1], same, period=2, batch_size=3)
+    stranger = MatchingInstability(images()[:1], same, period=2, batch_size=3)
     stranger.load_state_dict(hook.state_dict())
     assert stranger.previous is None
 
@@ -93,13 +93,13 @@ def test_it_leaves_every_detector_as_it_was(name: str) -> None:
     model = tiny.build(name).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
-    v = matchings(model, pictures(), same, 2)
+    v = matchings(model, images(), same, 2)
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
     assert [sorted(x[x >= 0].tolist()) for x in v] == [[0, 1, 2], [], [0, 1]]
 
 
-def test_pictures_are_shown_without_augmentation(cfg: CfgNode, tmp_path: Any) -> None:
+def test_images_are_shown_without_augmentation(cfg: CfgNode, tmp_path: Any) -> None:
     entries = write_shapes(str(tmp_path), 7, 2, seed=3)
     cfg.DATASETS.COCO_FORMAT = [list(x) for x in entries]
     cfg.DATASETS.TRAIN = (entries[0][0],)

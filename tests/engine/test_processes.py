@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model, launch
 from detectron2.utils import comm
 
-from detr_family.data.images import PictureError
+from detr_family.data.images import ImageError
 from detr_family.engine import processes
 from detr_family.engine.processes import run_and_leave
 
@@ -43,7 +43,7 @@ def in_processes(name: str, batches: list[list[dict[str, Any]]], path: Path) -> 
 def test_two_processes_equal_one_with_the_doubled_batch(name: str, counts: tuple[int, ...], tmp_path: Path) -> None:
     """The second case has a rank without boxes, the third no boxes at all: nothing hangs, nothing is unused.
 
-    The largest number of boxes in a picture is the same for both ranks: denoising queries see the empty slots of their
+    The largest number of boxes in an image is the same for both ranks: denoising queries see the empty slots of their
     group, as in the releases, and there are as many as the batch needs. For the same reason DINO's classes of denoising
     queries, of which empty slots are background, differ a little where a rank without boxes has no such slots.
     """
@@ -111,7 +111,7 @@ def fail(args: argparse.Namespace) -> None:
     """An error on the last of the processes, while the others wait for it; of the kind that the options name."""
     if comm.get_rank() == comm.get_world_size() - 1:
         if args.opts == ["user"]:
-            raise PictureError("The picture a.png cannot be read")
+            raise ImageError("The image a.png cannot be read")
         raise ValueError("expected 3 channels")
     comm.synchronize()
 
@@ -125,7 +125,7 @@ def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(
     with pytest.raises(SystemExit) as ended:
         processes.launch(fail, parser.parse_args([*flags, "user"]))
     assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith(": The picture a.png cannot be read")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(": The image a.png cannot be read")
     with pytest.raises(Exception, match="expected 3 channels") as bug:
         processes.launch(fail, parser.parse_args([*flags, "bug"]))
     assert count == 1 or "in fail" in str(bug.value)

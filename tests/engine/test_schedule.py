@@ -22,7 +22,7 @@ def test_iterations_are_left_alone_without_epochs(cfg: CfgNode) -> None:
     assert (result.SOLVER.MAX_ITER, result.SOLVER.STEPS, result.TEST.EVAL_PERIOD) == (70, (50, 60), 7)
 
 
-def test_fewer_pictures_than_a_batch_make_one_iteration(cfg: CfgNode) -> None:
+def test_fewer_images_than_a_batch_make_one_iteration(cfg: CfgNode) -> None:
     cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", 16, "SOLVER.EPOCHS", 3, "SOLVER.DROP_EPOCHS", (2, 5)])
     result = iterations_from_epochs(cfg, 5)
     assert result.SOLVER.MAX_ITER == 3 and result.SOLVER.STEPS == (2,)  # the drop after the end is left out

@@ -15,7 +15,7 @@ from detr_family.engine.step import TrainStep
 
 
 class Line(nn.Module):
-    """Two losses of two weights; a batch of `bad` pictures has a loss of NaN."""
+    """Two losses of two weights; a batch of `bad` images has a loss of NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,11 +27,11 @@ class Line(nn.Module):
 
 
 def step(tmp_path: Path, names: list[str], **settings: Any) -> tuple[TrainStep, Line]:
-    pictures = [[{**tiny.picture(8, 9, 2, seed=0), "file_name": name}] for name in names]
+    images = [[{**tiny.image(8, 9, 2, seed=0), "file_name": name}] for name in names]
     model = Line()
     optimizer = torch.optim.SGD([{"params": [model.w], "lr": 0.5}])
     keys = {"clip_norm": None, "amp": False, "nonfinite": "stop", "output_dir": str(tmp_path), **settings}
-    trainer = TrainStep(model, pictures, optimizer, **keys)
+    trainer = TrainStep(model, images, optimizer, **keys)
     trainer.iter = 0
     return trainer, model
 
@@ -77,7 +77,7 @@ def test_an_accumulated_batch_is_logged_checked_and_saved_as_one(tmp_path: Path)
     trainer, model = step(tmp_path, ["a.jpg", "b.jpg", "c.jpg", "bad.jpg"], accumulation=2, nonfinite="stop")
     logged = run(trainer, 1)
     assert logged["total_loss"] == 12.5 and model.w.tolist() == [1.5, 2.0]  # the mean of two equal parts
-    with pytest.raises(FloatingPointError, match=r"loss_ce is nan.*on the pictures c\.jpg, bad\.jpg"), EventStorage():
+    with pytest.raises(FloatingPointError, match=r"loss_ce is nan.*on the images c\.jpg, bad\.jpg"), EventStorage():
         trainer.run_step()
     assert model.w.tolist() == [1.5, 2.0]
     assert len(torch.load(tmp_path / "nonfinite_iter0_rank0.pth", weights_only=True)["batch"]) == 2

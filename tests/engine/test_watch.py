@@ -23,7 +23,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from detr_family.data.datasets import register_datasets
+from detr_family.data import register_datasets
 from detr_family.engine import Trainer, watch
 from detr_family.visualization import report
 from detr_family.visualization.report import write_report
@@ -102,7 +102,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         MetadataCatalog.remove(name)
 
 
-def test_a_run_leaves_pictures_curves_and_one_page(finished: Path) -> None:
+def test_a_run_leaves_images_curves_and_one_page(finished: Path) -> None:
     out = finished / "out"
     assert sorted(p.name for p in (out / "vis").iterdir()) == ["predictions_0000001.png", "predictions_0000003.png"]
     assert Image.open(out / "curves.png").width > 1000 and (out / "metrics.csv").is_file()
@@ -110,14 +110,14 @@ def test_a_run_leaves_pictures_curves_and_one_page(finished: Path) -> None:
     parsed = Page(text)
     assert parsed.headings == [
         "DETR, out",
-        *("Summary", "Curves", "Results on watch val", "Best and worst pictures of watch val"),
+        *("Summary", "Curves", "Results on watch val", "Best and worst images of watch val"),
         *("Settings", "Environment"),
     ]
     assert "Could not be made" not in text
     assert "MODEL.DETR.HIDDEN_DIM" in text and "platelet" in text and "total over the iterations" in text
-    pictures = [address for address in parsed.addresses if address.startswith("data:image/jpeg;base64,")]
-    assert len(pictures) in (2, 3)  # those with objects, and the third if something was wrongly found in it
-    for address in pictures:
+    images = [address for address in parsed.addresses if address.startswith("data:image/jpeg;base64,")]
+    assert len(images) in (2, 3)  # those with objects, and the third if something was wrongly found in it
+    for address in images:
         assert Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))).width > 100
     assert not [a for a in parsed.addresses if not a.startswith(("data:", "#"))]  # all in one file
     lines = (out / "metrics.json").read_text().splitlines()
@@ -125,7 +125,7 @@ def test_a_run_leaves_pictures_curves_and_one_page(finished: Path) -> None:
     assert "4</b>iterations of 4" in text
 
 
-def test_pictures_and_scalars_reach_tensorboard(finished: Path) -> None:
+def test_images_and_scalars_reach_tensorboard(finished: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(finished / "out"), size_guidance={"images": 0})

@@ -1,4 +1,4 @@
-"""Evaluation of a user's own data set: their ids, their names, and files that pycocotools stumbles over."""
+"""Evaluation of a user's own dataset: their ids, their names, and files that pycocotools stumbles over."""
 
 import contextlib
 import io
@@ -22,15 +22,15 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detr_family.data import register_coco_format
 from detr_family.data.dataset_mapper import build_test_loader
-from detr_family.data.datasets import register_coco_format
 from detr_family.evaluation.evaluator import CocoFormatEvaluator, build_evaluator, inference_folder
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_eval_ref"
 
 
 def predict_truth(name, evaluator, keep=lambda record, annotation: True):
-    """Feeds the evaluator the data set's own boxes as predictions and evaluates."""
+    """Feeds the evaluator the dataset's own boxes as predictions and evaluates."""
     evaluator.reset()
     for record in DatasetCatalog.get(name):
         kept = [a for a in record.get("annotations", []) if keep(record, a)]
@@ -123,7 +123,7 @@ def test_unknown_protocol_is_refused():
 
 
 def noise_set(folder, name, count=7, **without):
-    """A registered set of pictures of noise in several sizes, with ids that have holes."""
+    """A registered set of images of noise in several sizes, with ids that have holes."""
     rng = np.random.default_rng(0)
     images, annotations = [], []
     for i in range(count):
@@ -175,7 +175,7 @@ def test_predictions_without_annotations_are_what_pycocotools_takes(coco_folder)
     assert results == {}
     assert {entry["category_id"] for entry in written} <= {3, 7, 100}
     assert {entry["image_id"] for entry in written} == {10 * i + 3 for i in range(7)}
-    noise_set(coco_folder, "seen noise")  # the same pictures, annotated
+    noise_set(coco_folder, "seen noise")  # the same images, annotated
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(MetadataCatalog.get("seen noise").json_file)
         for annotation in truth.dataset["annotations"]:
@@ -197,7 +197,7 @@ def test_several_test_sets_do_not_overwrite_each_other(cfg):
     assert inference_folder(cfg, "two") == os.path.join(cfg.OUTPUT_DIR, "inference", "two")
 
 
-def test_a_batch_of_no_pictures_is_refused(cfg):
+def test_a_batch_of_no_images_is_refused(cfg):
     cfg.TEST.IMS_PER_BATCH = 0
     with pytest.raises(ValueError, match=r"TEST\.IMS_PER_BATCH is 0"):
         build_test_loader(cfg, "any")

@@ -1,4 +1,4 @@
-"""Single pictures: what counts as found, and the threshold that is best for all."""
+"""Single images: what counts as found, and the threshold that is best for all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detr_family.evaluation.image_scores import match, score_pictures
+from detr_family.evaluation.image_scores import match, score_images
 
 
 def record(image_id: int, *boxes: tuple[int, list[float]], crowd: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -47,24 +47,24 @@ def test_threshold_and_counts() -> None:
         result(5, 3, [0, 0, 9, 9], 0.5),
         result(5, 3, [0, 0, 9, 9], 0.4),
     ]
-    scored = score_pictures(records, results, CLASSES)
+    scored = score_images(records, results, CLASSES)
     assert scored.threshold == 0.6
     assert (scored.precision, scored.recall) == (0.75, 1.0) and scored.f1 == pytest.approx(6 / 7)
-    assert [(p.found, p.objects, p.wrong) for p in scored.pictures] == [(2, 2, 0), (1, 1, 1), (0, 0, 0)]
-    assert [p.f1 for p in scored.pictures] == pytest.approx([1.0, 2 / 3, 1.0])
-    assert [len(p.detections) for p in scored.pictures] == [2, 2, 0]
-    assert scored.pictures[1].detections[0]["category_id"] == 1
+    assert [(p.found, p.objects, p.wrong) for p in scored.images] == [(2, 2, 0), (1, 1, 1), (0, 0, 0)]
+    assert [p.f1 for p in scored.images] == pytest.approx([1.0, 2 / 3, 1.0])
+    assert [len(p.detections) for p in scored.images] == [2, 2, 0]
+    assert scored.images[1].detections[0]["category_id"] == 1
 
 
 def test_detections_of_one_score_come_and_go_together() -> None:
     records = [record(1, (0, [0, 0, 10, 10]))]
     wrong = [result(1, 3, [50, 50, 10, 10], 0.5)] * 3
-    scored = score_pictures(records, [result(1, 3, [0, 0, 10, 10], 0.5), *wrong], CLASSES)
+    scored = score_images(records, [result(1, 3, [0, 0, 10, 10], 0.5), *wrong], CLASSES)
     assert scored.threshold == 0.5 and scored.precision == 0.25
 
 
 @pytest.mark.parametrize("records", [[], [record(1)], [record(1, (0, [0, 0, 9, 9]))]])
 @pytest.mark.parametrize("results", [[], [result(1, 3, [50, 50, 9, 9], 0.9)]])
 def test_nothing_there_or_nothing_found(records: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
-    scored = score_pictures(records, results, CLASSES)
-    assert (scored.threshold, scored.f1) == (0.5, 0.0) and len(scored.pictures) == len(records)
+    scored = score_images(records, results, CLASSES)
+    assert (scored.threshold, scored.f1) == (0.5, 0.0) and len(scored.images) == len(records)

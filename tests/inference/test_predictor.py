@@ -10,24 +10,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Instances
 from PIL import Image
+from predicting import NAMES, Bomb, config
 
 from detr_family.checkpoint import DETRCheckpointer, read_class_names
 from detr_family.data.dataset_mapper import DETRDatasetMapper
 from detr_family.inference.predictor import Predictor
-
-NAMES = ["red", "white", "platelet"]
-
-
-def config(name: str) -> CfgNode:
-    cfg = tiny.cfg_of(name)
-    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
-    cfg.MODEL.DETR.NUM_CLASSES = -1
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-    return cfg
 
 
 @pytest.fixture
@@ -42,7 +32,7 @@ def weights(tmp_path: Path) -> Any:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     return tmp_path / "a.png"
@@ -56,10 +46,10 @@ def equal(first: Instances, second: Instances, tolerance: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize("name", tiny.DETECTORS)
-def test_predicts_what_an_evaluation_does(name: str, weights: Any, picture: Path) -> None:
+def test_predicts_what_an_evaluation_does(name: str, weights: Any, image: Path) -> None:
     predictor = Predictor.from_config(config(name), weights(name))
-    found = predictor(str(picture))
-    record = {"file_name": str(picture), "height": 50, "width": 80, "image_id": 1}
+    found = predictor(str(image))
+    record = {"file_name": str(image), "height": 50, "width": 80, "image_id": 1}
     mapped = DETRDatasetMapper(config(name), False)(record)
     assert tuple(mapped["image"].shape) == (3, 60, 96)
     with torch.no_grad():
@@ -71,12 +61,12 @@ def test_predicts_what_an_evaluation_does(name: str, weights: Any, picture: Path
 
 
 @pytest.mark.parametrize("input_format", ["RGB", "BGR"])
-def test_paths_and_arrays_of_either_order_are_the_same_picture(input_format: str, weights: Any, picture: Path) -> None:
+def test_paths_and_arrays_of_either_order_are_the_same_image(input_format: str, weights: Any, image: Path) -> None:
     cfg = config("DETR")
     cfg.INPUT.FORMAT = input_format
     predictor = Predictor.from_config(cfg, weights("DETR"))
-    rgb = np.asarray(Image.open(picture))
-    expected = predictor(picture)
+    rgb = np.asarray(Image.open(image))
+    expected = predictor(image)
     equal(predictor(rgb, array_format="RGB"), expected)
     equal(predictor(np.ascontiguousarray(rgb[:, :, ::-1])), expected)  # as cv2 reads it
     cfg.MODEL.WEIGHTS, cfg.MODEL.DETR.NUM_CLASSES = weights("DETR"), 3
@@ -86,47 +76,47 @@ def test_paths_and_arrays_of_either_order_are_the_same_picture(input_format: str
 
 
 @pytest.mark.parametrize("name", tiny.DETECTORS)
-def test_batches_give_what_single_pictures_give(name: str, weights: Any) -> None:
+def test_batches_give_what_single_images_give(name: str, weights: Any) -> None:
     rng = np.random.default_rng(1)
     sizes = [(48, 96), (48, 96), (97, 50), (80, 81), (32, 64), (32, 64), (32, 64), (32, 64)]
     cfg = config(name)
-    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     path = weights(name)
     single = Predictor.from_config(cfg, path)
-    alone = [single(picture) for picture in pictures]
+    alone = [single(image) for image in images]
     predictor = Predictor.from_config(cfg, path, batch_size=3)
     batches: list[int] = []
     predictor.model.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
-    together = predictor(pictures)
+    together = predictor(images)
     assert batches == [2, 1, 1, 3, 1] and len(together) == 8
     for one, other, size in zip(alone, together, sizes, strict=True):
         assert other.image_size == size
         equal(one, other, 1e-4)
 
 
-def test_pictures_are_read_as_they_are_needed(weights: Any, picture: Path) -> None:
+def test_images_are_read_as_they_are_needed(weights: Any, image: Path) -> None:
     taken = []
 
     def endless() -> Any:
         while True:
             taken.append(1)
-            yield picture
+            yield image
 
     stream = Predictor.from_config(config("DETR"), weights("DETR"), batch_size=2).stream(endless())
     prediction = next(stream)
-    assert len(taken) == 2 and prediction.source == picture and prediction.image.shape == (50, 80, 3)
+    assert len(taken) == 2 and prediction.source == image and prediction.image.shape == (50, 80, 3)
 
 
-def test_a_picture_that_cannot_be_read(weights: Any, picture: Path) -> None:
+def test_a_image_that_cannot_be_read(weights: Any, image: Path) -> None:
     predictor = Predictor.from_config(config("DETR"), weights("DETR"), batch_size=2)
-    broken = picture.with_name("broken.png")
-    broken.write_bytes(picture.read_bytes()[:300])
+    broken = image.with_name("broken.png")
+    broken.write_bytes(image.read_bytes()[:300])
     with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
-        predictor([picture, broken])
+        predictor([image, broken])
     failed = []
-    pictures = [broken, picture, broken, picture, picture]
-    found = list(predictor.stream(pictures, on_error=lambda source, error: failed.append((source, str(error)))))
-    assert [prediction.source for prediction in found] == [picture] * 3
+    images = [broken, image, broken, image, image]
+    found = list(predictor.stream(images, on_error=lambda source, error: failed.append((source, str(error)))))
+    assert [prediction.source for prediction in found] == [image] * 3
     assert [source for source, _ in failed] == [broken] * 2 and "cannot be read" in failed[0][1]
 
 
@@ -134,8 +124,8 @@ def test_a_picture_that_cannot_be_read(weights: Any, picture: Path) -> None:
     "array",
     [np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5, 3)), np.zeros((0, 5, 3), np.uint8)],
 )
-def test_arrays_that_are_no_picture(array: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"an array of shape .* is no picture: \(height, width, 3\) of uint8"):
+def test_arrays_that_are_no_image(array: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"an array of shape .* is no image: \(height, width, 3\) of uint8"):
         Predictor(tiny.build("DETR"))(array)
 
 
@@ -176,16 +166,6 @@ def test_weights_that_are_missing_or_no_detector(tmp_path: Path) -> None:
         Predictor.from_config(cfg)
     with pytest.raises((FileNotFoundError, ValueError), match=r"none\.yaml"):
         Predictor.from_config(tmp_path / "none.yaml")
-
-
-class Bomb:
-    """Touches a file when unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (self.path,))
 
 
 @pytest.mark.parametrize("forced", [False, True])

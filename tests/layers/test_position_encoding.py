@@ -50,6 +50,6 @@ def test_learned_is_a_sum_of_columns_and_rows() -> None:
     torch.testing.assert_close(value[1, 2, 4, 3:], encoding.row_embed.weight[2])
 
 
-def test_learned_names_the_setting_when_a_picture_is_too_large() -> None:
+def test_learned_names_the_setting_when_a_image_is_too_large() -> None:
     with pytest.raises(ValueError, match="LEARNED_SIZE"):
         LearnedPositionEncoding(6, size=4)(torch.zeros(1, 3, 5, dtype=torch.bool))

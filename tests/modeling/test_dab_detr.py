@@ -114,7 +114,7 @@ def test_centres_are_fixed_for_real_or_not_at_all(fixed: bool) -> None:
     moved = (model.anchors().detach() - before).abs()
     assert (moved[:, :2] == 0).all() == fixed and (moved[:, 2:] > 0).all()
     if fixed:
-        assert before[:, :2].sigmoid().std() > 0.1  # spread over the picture
+        assert before[:, :2].sigmoid().std() > 0.1  # spread over the image
         assert "fixed_centres" in model.state_dict()
 
 
@@ -125,7 +125,7 @@ def anchors_at_the_start(name: str, size: float) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["DABDETR", "DNDETR"])
-def test_anchors_may_start_with_one_size_all_over_the_picture(name: str) -> None:
+def test_anchors_may_start_with_one_size_all_over_the_image(name: str) -> None:
     start = anchors_at_the_start(name, 0.125).sigmoid()
     torch.testing.assert_close(start[:, 2:], torch.full((400, 2), 0.125))
     assert torch.histc(start[:, :2], 10, 0, 1).min() > 40  # of 80 in each tenth, both axes together

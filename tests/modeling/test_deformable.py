@@ -24,7 +24,7 @@ SIZES = [(8, 12), (4, 6), (2, 3)]
 
 
 def masks(valid: tuple[tuple[int, int], ...]) -> list[Tensor]:
-    """Masks of SIZES where each picture fills (height, width) tokens of the finest level."""
+    """Masks of SIZES where each image fills (height, width) tokens of the finest level."""
     result = []
     for i, (height, width) in enumerate(SIZES):
         mask = torch.ones(len(valid), height, width, dtype=torch.bool)
@@ -47,7 +47,7 @@ def test_levels_know_where_their_tokens_lie() -> None:
     assert Levels.from_masks(masks(((8, 12),)), padded=False).padding is None
 
 
-def test_references_are_scaled_to_what_a_picture_fills_of_each_level() -> None:
+def test_references_are_scaled_to_what_a_image_fills_of_each_level() -> None:
     levels = Levels.from_masks(masks(((8, 12), (4, 6))), padded=True)
     boxes = torch.tensor([[[0.4, 0.8, 0.2, 0.6]], [[0.4, 0.8, 0.2, 0.6]]])
     on_levels = levels.on_levels(boxes)

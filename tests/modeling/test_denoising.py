@@ -154,7 +154,7 @@ def test_denoised_boxes_are_taken_without_the_padding() -> None:
 
 
 def test_groups_are_made_in_no_time() -> None:
-    """16 pictures of 40 boxes, 5 groups: 2 ms at the most on one core (about 1 ms where nothing else runs)."""
+    """16 images of 40 boxes, 5 groups: 2 ms at the most on one core (about 1 ms where nothing else runs)."""
     targets = truth(*[40] * 16)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

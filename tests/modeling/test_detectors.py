@@ -40,7 +40,7 @@ def test_losses_are_named_for_every_decoder_layer(name: str) -> None:
 
 
 @pytest.mark.parametrize("counts", [(0, 2), (3, 0), (0, 0), (0,)])
-def test_pictures_without_boxes_give_a_loss_with_a_graph(name: str, counts: tuple[int, ...]) -> None:
+def test_images_without_boxes_give_a_loss_with_a_graph(name: str, counts: tuple[int, ...]) -> None:
     model = tiny.build(name).train()
     losses = model(tiny.batch(counts))
     total = sum(losses.values())
@@ -57,21 +57,21 @@ def test_more_boxes_than_queries(name: str) -> None:
     assert all(torch.isfinite(x) for x in losses.values())
 
 
-def test_a_picture_alone_equals_the_same_picture_padded(name: str) -> None:
+def test_a_image_alone_equals_the_same_image_padded(name: str) -> None:
     model = tiny.build(name).eval()
-    small, large = tiny.picture(64, 96, 0, seed=1), tiny.picture(128, 160, 0, seed=2)
+    small, large = tiny.image(64, 96, 0, seed=1), tiny.image(128, 160, 0, seed=2)
     with torch.no_grad():
         alone = model.predict(model.preprocess_image([small]))
         padded = model.predict(model.preprocess_image([small, large]))
     torch.testing.assert_close(padded.logits[0], alone.logits[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(padded.boxes[0], alone.boxes[0], rtol=1e-4, atol=1e-5)
-    # In training too: the loss of the small picture's set does not know of the padding.
+    # In training too: the loss of the small image's set does not know of the padding.
     assert not torch.allclose(padded.logits[0], padded.logits[1], atol=1e-3)
 
 
 def test_padding_is_masked_in_training_too(name: str) -> None:
     model = tiny.build(name).train()
-    small, large = tiny.picture(64, 96, 0, seed=1), tiny.picture(128, 160, 0, seed=2)
+    small, large = tiny.image(64, 96, 0, seed=1), tiny.image(128, 160, 0, seed=2)
     with torch.no_grad():
         alone = model.predict(model.preprocess_image([small]), model.targets([small]))
         padded = model.predict(model.preprocess_image([small, large]), model.targets([small, large]))
@@ -94,7 +94,7 @@ def test_evaluation_returns_instances_of_the_asked_size(name: str) -> None:
         assert (x[:, 0::2] <= width).all() and (x[:, 1::2] <= height).all() and (x >= 0).all()
         assert (result.scores[:-1] >= result.scores[1:]).all() and result.scores.max() <= 1
         assert result.pred_classes.max() < tiny.NUM_CLASSES
-    # A box in the middle of the picture is scaled to pixels, not clipped.
+    # A box in the middle of the image is scaled to pixels, not clipped.
     centre = results[0].pred_boxes.get_centers()[0] / torch.tensor([192.0, 128.0])
     assert (boxes[0, :, :2] - centre).abs().sum(-1).min() < 0.15
 
@@ -112,7 +112,7 @@ def test_prediction_has_the_promised_shapes(name: str) -> None:
 @pytest.mark.parametrize("classes", [1, 5, 91])
 def test_any_number_of_classes(name: str, classes: int, tmp_path: Path) -> None:
     model = tiny.build(name, NUM_CLASSES=classes).train()
-    inputs = [tiny.picture(64, 96, 4, seed=3, num_classes=classes)]
+    inputs = [tiny.image(64, 96, 4, seed=3, num_classes=classes)]
     inputs[0]["instances"].gt_classes[:] = classes - 1
     assert torch.isfinite(sum(model(inputs).values()))
     DETRCheckpointer(model, str(tmp_path)).save("model")
@@ -169,7 +169,7 @@ def test_a_box_that_is_not_finite_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 0, 20), (1, 30, 30), (30, 30)])
-def test_a_picture_of_a_wrong_shape_is_named(name: str, shape: tuple[int, ...]) -> None:
+def test_a_image_of_a_wrong_shape_is_named(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"odd\.png has shape"):
         tiny.build(name).eval()([{"image": torch.zeros(shape), "file_name": "odd.png"}])
 
@@ -199,7 +199,7 @@ def test_an_existing_detectron2_script_can_predict(name: str, tmp_path: Path) ->
     cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 100
     predictor = DefaultPredictor(cfg)
-    image = tiny.picture(90, 120, 0, seed=5)["image"].permute(1, 2, 0).numpy()
+    image = tiny.image(90, 120, 0, seed=5)["image"].permute(1, 2, 0).numpy()
     instances = predictor(image)["instances"]
     assert instances.image_size == (90, 120) and len(instances) > 0
 

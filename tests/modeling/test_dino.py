@@ -80,7 +80,7 @@ def test_positives_lie_inside_and_negatives_between_the_two_scales(scale: float)
         assert torch.corrcoef(steps_of.T).fill_diagonal_(0).abs().max() < 0.02  # drawn apart
 
 
-def test_noised_corners_stay_in_the_picture() -> None:
+def test_noised_corners_stay_in_the_image() -> None:
     noised = noise_corners(
         torch.tensor([0.05, 0.9, 0.1, 0.2]).expand(1000, 4), 1.0, torch.ones(1000, dtype=torch.bool),
         torch.Generator().manual_seed(1),
@@ -154,8 +154,8 @@ def test_number_of_groups_and_a_bound_on_the_queries(caplog: pytest.LogCaptureFi
     assert plain.num_groups == 33 and len(plain) == 99
 
 
-def test_a_crowded_picture_trains() -> None:
-    inputs = [tiny.picture(64, 96, 1000, seed=1)]
+def test_a_crowded_image_trains() -> None:
+    inputs = [tiny.image(64, 96, 1000, seed=1)]
     losses = dino(DN_PAIRS=9, DN_MAX_QUERIES=24).train()(inputs)
     assert torch.isfinite(sum(losses.values()))
 
@@ -229,7 +229,7 @@ def test_the_chosen_tokens_have_the_best_class_scores() -> None:
     model = dino().train()
     scored: list[Tensor] = []
     model.transformer.enc_out_class_embed.register_forward_hook(lambda *args: scored.append(args[2].amax(-1)))
-    prediction = predict(model, [tiny.picture(64, 96, 2, seed=1)])  # no token of it is at the very edge
+    prediction = predict(model, [tiny.image(64, 96, 2, seed=1)])  # no token of it is at the very edge
     everything, chosen = scored
     assert everything.shape[1] == 24 + 6 + 2 and chosen.shape[1] == QUERIES
     torch.testing.assert_close(chosen, everything.topk(QUERIES).values)
@@ -248,7 +248,7 @@ def test_the_decoder_does_not_train_the_encoders_proposals() -> None:
 def test_padded_tokens_are_never_read(ignore: bool) -> None:
     """However good their score: what a query is made from does not change with the memory of the padding."""
     model = dino(IGNORE_PADDING=ignore).eval()
-    images = model.preprocess_image([tiny.picture(64, 96, 0, seed=1), tiny.picture(128, 160, 0, seed=2)])
+    images = model.preprocess_image([tiny.image(64, 96, 0, seed=1), tiny.image(128, 160, 0, seed=2)])
     seen: list[Any] = []
     model.transformer.encoder.register_forward_hook(
         lambda *args: seen.append((args[2]["levels"], args[3])), with_kwargs=True
@@ -269,7 +269,7 @@ def test_padded_tokens_are_never_read(ignore: bool) -> None:
 @pytest.mark.parametrize("ignore", [True, False])
 def test_fewer_tokens_than_queries(selection: str, ignore: bool) -> None:
     model = dino(QUERY_SELECTION=selection, NUM_LEVELS=1, IGNORE_PADDING=ignore).train()
-    inputs = [tiny.picture(16, 32, 1, seed=1), tiny.picture(48, 80, 2, seed=2)]  # 2 tokens and 15
+    inputs = [tiny.image(16, 32, 1, seed=1), tiny.image(48, 80, 2, seed=2)]  # 2 tokens and 15
     losses = model(inputs)
     total = sum(losses.values())
     total.backward()
@@ -287,10 +287,10 @@ def test_fewer_tokens_than_queries(selection: str, ignore: bool) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 3), (17, 200)])
-def test_tiny_pictures(size: tuple[int, int]) -> None:
+def test_tiny_images(size: tuple[int, int]) -> None:
     model = dino().eval()
     with torch.no_grad():
-        inputs = [tiny.picture(max(size[0], 16), max(size[1], 16), 0, seed=1)]
+        inputs = [tiny.image(max(size[0], 16), max(size[1], 16), 0, seed=1)]
         assert torch.isfinite(model.predict(model.preprocess_image(inputs)).boxes).all()
 
 

@@ -160,7 +160,7 @@ def test_fixed_centres_are_fixed() -> None:
     assert (moved[:, :2] == 0).all() and (moved[:, 2:] > 0).all()
 
 
-def test_a_crowded_picture_takes_bounded_memory(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_crowded_image_takes_bounded_memory(caplog: pytest.LogCaptureFixture) -> None:
     model = dn(GROUPS=5, MAX_QUERIES=100).train()
     with caplog.at_level(logging.WARNING):
         prediction = predict(model, tiny.batch((300, 2)))

@@ -1,4 +1,4 @@
-"""The assignment is the cheapest one, per picture, with one copy to the host."""
+"""The assignment is the cheapest one, per image, with one copy to the host."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pair_cost(prediction: SetPrediction, targets: Targets, layer: int, query: in
 def test_cost_is_the_papers() -> None:
     prediction, targets = problem((3, 2))
     cost = matcher().cost(prediction, targets)
-    assert cost.shape == (3, 5, 5)  # layers, boxes of the batch, queries: never pictures x pictures
+    assert cost.shape == (3, 5, 5)  # layers, boxes of the batch, queries: never images x images
     for layer, target, query in itertools.product(range(3), range(5), range(5)):
         expected = pair_cost(prediction, targets, layer, query, target)
         assert cost[layer, target, query].item() == pytest.approx(expected, abs=1e-5)

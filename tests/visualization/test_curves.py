@@ -57,8 +57,8 @@ def test_long_runs_are_averaged() -> None:
 @pytest.mark.parametrize("metrics", [RUN, RUN[:1], RUN[1:2], [{"iteration": 0}], []])
 def test_curves_are_written_whatever_the_run(metrics: list[dict[str, Any]], tmp_path: Path) -> None:
     write_curves(metrics, str(tmp_path / "curves.png"))
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 1000
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > 1000
     for panel in panels(metrics):
         ElementTree.fromstring(panel_svg(panel, metrics))
 

@@ -1,4 +1,4 @@
-"""Pictures of predictions and curves of a run: what is in them, not how they look."""
+"""Images of predictions and curves of a run: what is in them, not how they look."""
 
 import json
 
@@ -29,26 +29,26 @@ def rgb(colour):
     return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
 
 
-def count(picture, colour):
-    return int((np.asarray(picture) == rgb(colour)).all(axis=-1).sum())
+def count(image, colour):
+    return int((np.asarray(image) == rgb(colour)).all(axis=-1).sum())
 
 
-def halves(picture):
-    return picture.crop((0, 0, picture.width // 2, picture.height)), picture.crop(
-        (picture.width // 2, 0, picture.width, picture.height)
+def halves(image):
+    return image.crop((0, 0, image.width // 2, image.height)), image.crop(
+        (image.width // 2, 0, image.width, image.height)
     )
 
 
 def test_predictions_left_truth_right_each_class_its_colour():
     predictions = instances([[10, 10, 30, 30], [50, 20, 80, 50]], [0, 2], [0.9, 0.2])
     truth = instances([[12, 10, 30, 30]], [1])
-    picture = draw_comparison(np.zeros((60, 100, 3), np.uint8), predictions, truth, NAMES, 0.5)
-    left, right = halves(picture)
+    image = draw_comparison(np.zeros((60, 100, 3), np.uint8), predictions, truth, NAMES, 0.5)
+    left, right = halves(image)
     assert count(left, COLOURS[0]) > 200 and count(left, COLOURS[2]) == 0  # 0.2 is below the threshold
     assert count(right, COLOURS[1]) > 200 and count(left, COLOURS[1]) == 0
 
 
-def test_small_pictures_are_enlarged_and_large_ones_left():
+def test_small_images_are_enlarged_and_large_ones_left():
     nothing, truth = instances([], [], []), instances([], [])
     small = draw_comparison(Image.new("RGB", (100, 60)), nothing, truth, NAMES)
     large = draw_comparison(Image.new("L", (900, 700)), nothing, truth, NAMES)
@@ -58,9 +58,9 @@ def test_small_pictures_are_enlarged_and_large_ones_left():
 
 def test_box_is_drawn_where_it_is():
     truth = instances([[20, 15, 60, 45]], [1])
-    picture = draw_comparison(np.zeros((60, 100, 3), np.uint8), instances([], [], []), truth, NAMES)
+    image = draw_comparison(np.zeros((60, 100, 3), np.uint8), instances([], [], []), truth, NAMES)
     factor = round(visualize._SHORTER_SIDE / 60)
-    panel = picture.crop((picture.width - 100 * factor, picture.height - 60 * factor, picture.width, picture.height))
+    panel = image.crop((image.width - 100 * factor, image.height - 60 * factor, image.width, image.height))
     middle = np.asarray(panel)[30 * factor]
     columns = np.where((middle == rgb(COLOURS[1])).all(axis=-1))[0]
     assert abs(columns.min() - 20 * factor) <= 3 and abs(columns.max() - 60 * factor) <= 3
@@ -103,8 +103,8 @@ def test_metrics_of_a_resumed_run(tmp_path):
 @pytest.mark.parametrize("entries", [RUN, RUN[:1], RUN[:3], [{"iteration": 0}]])
 def test_plot_is_written(tmp_path, entries):
     plot_metrics(write(tmp_path / "metrics.json", entries), str(tmp_path / "curves.png"))
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 600 and len(picture.convert("RGB").getcolors(1 << 20)) > 5
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 20)) > 5
 
 
 def test_metrics_file_missing_or_empty(tmp_path):

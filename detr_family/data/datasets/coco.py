@@ -1,7 +1,7 @@
-"""A user's own COCO-format data sets: registration from the config, and the training set, checked.
+"""A user's own COCO-format datasets: registration from the config, and the training set, checked.
 
-`DATASETS.COCO_FORMAT` lists [name, annotation file, picture folder] triples; the names then work wherever
-Detectron2 takes a data set's name. Built-in names (coco_2017_train ...) keep working beside them.
+`DATASETS.COCO_FORMAT` lists [name, annotation file, image folder] triples; the names then work wherever
+Detectron2 takes a dataset's name. Built-in names (coco_2017_train ...) keep working beside them.
 """
 
 import logging
@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from detr_family.data.check import DatasetPart, annotation_findings, read_part
 from detr_family.data.datasets.coco_json import CONFIG_KEY, printable, read_categories, read_coco_json
 
-_CHECKED_PICTURES = 20000
+_CHECKED_IMAGES = 20000
 _NAMED_EXAMPLES = 5
 _logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 class CocoFormatMetadata(Metadata):
     """Metadata whose class names are read from the annotation file when they are first asked for.
 
-    So registering costs nothing, and a data set that a run does not use need not be there.
+    So registering costs nothing, and a dataset that a run does not use need not be there.
     """
 
     def __getattr__(self, key: str) -> Any:
@@ -41,7 +41,7 @@ class CocoFormatMetadata(Metadata):
 
 
 def register_coco_format(name: str, json_file: str, image_root: str) -> None:
-    """Makes a COCO-format data set known to Detectron2 under a name.
+    """Makes a COCO-format dataset known to Detectron2 under a name.
 
     The metadata has thing_classes, thing_dataset_id_to_contiguous_id (class numbers by ascending id),
     json_file, image_root and evaluator_type "coco". Files are read when first needed, not here. Registering
@@ -63,7 +63,7 @@ def register_coco_format(name: str, json_file: str, image_root: str) -> None:
             image_root,
         ):
             return
-        owner = known.json_file if isinstance(known, CocoFormatMetadata) else "another data set of Detectron2"
+        owner = known.json_file if isinstance(known, CocoFormatMetadata) else "another dataset of Detectron2"
         raise ValueError(
             f"The name {name!r} in {CONFIG_KEY} is already taken by {owner}. Choose another name for {json_file}."
         )
@@ -85,47 +85,47 @@ def register_datasets(cfg: CfgNode) -> None:
             and all(isinstance(part, str) and part for part in entry)
         ):
             raise ValueError(
-                f"{CONFIG_KEY} has the entry {entry!r}; each must be [name, annotation file, picture "
+                f"{CONFIG_KEY} has the entry {entry!r}; each must be [name, annotation file, image "
                 f"folder], and the whole a list of such: [['cells_train', 'train.json', 'images']]."
             )
         register_coco_format(*entry)
 
 
-def check_pictures(dicts: Sequence[dict[str, Any]], image_root: str | None = None) -> None:
-    """Checks that the picture files exist, without opening them.
+def check_images(dicts: Sequence[dict[str, Any]], image_root: str | None = None) -> None:
+    """Checks that the image files exist, without opening them.
 
-    Of more than 20000 pictures, 20000 spread evenly over the list are looked at, and the log says so.
+    Of more than 20000 images, 20000 spread evenly over the list are looked at, and the log says so.
 
     Args:
         dicts: Detectron2 dataset dicts.
-        image_root: the picture folder to name in the error; by default the first missing picture's.
+        image_root: the image folder to name in the error; by default the first missing image's.
 
     Raises:
-        ValueError: pictures are missing; with their number and the first few.
+        ValueError: images are missing; with their number and the first few.
     """
     names = [str(record["file_name"]) for record in dicts if "file_name" in record]
-    if len(names) > _CHECKED_PICTURES:
-        _logger.info("Looking for %d of %d pictures, spread evenly.", _CHECKED_PICTURES, len(names))
-        names = [names[i * len(names) // _CHECKED_PICTURES] for i in range(_CHECKED_PICTURES)]
+    if len(names) > _CHECKED_IMAGES:
+        _logger.info("Looking for %d of %d images, spread evenly.", _CHECKED_IMAGES, len(names))
+        names = [names[i * len(names) // _CHECKED_IMAGES] for i in range(_CHECKED_IMAGES)]
     missing = [printable(name) for name in names if not os.path.isfile(name)]
     if missing:
         examples = ", ".join(missing[:_NAMED_EXAMPLES]) + (", ..." if len(missing) > _NAMED_EXAMPLES else "")
         raise ValueError(
-            f"{len(missing)} of {len(names)} pictures looked for are missing from the picture folder "
+            f"{len(missing)} of {len(names)} images looked for are missing from the image folder "
             f"{image_root or os.path.dirname(missing[0])}: {examples}. Correct the folder in {CONFIG_KEY} "
-            "(for Detectron2's built-in data sets: the environment variable DETECTRON2_DATASETS)."
+            "(for Detectron2's built-in datasets: the environment variable DETECTRON2_DATASETS)."
         )
 
 
 def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
     """Dataset dicts of `cfg.DATASETS.TRAIN`, checked before the first step.
 
-    Like Detectron2's get_detection_dataset_dicts, pictures without objects are dropped only where
+    Like Detectron2's get_detection_dataset_dicts, images without objects are dropped only where
     `DATALOADER.FILTER_EMPTY_ANNOTATIONS` says so.
 
     Raises:
         ValueError: no or unknown names, an annotation file at fault, one without annotations, no usable box
-            in all sets together, missing pictures, or class names that differ between the sets of
+            in all sets together, missing images, or class names that differ between the sets of
             DATASETS.TRAIN, or between them and a set of DATASETS.TEST, so that results would be mislabelled.
     """
     if not cfg.DATASETS.TRAIN:
@@ -136,24 +136,24 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
         _check_registered(name, "DATASETS.TRAIN")
         try:
             part = get_detection_dataset_dicts(name, filter_empty=False)
-        except FileNotFoundError as error:  # of a built-in data set; ours is a ValueError that says more
+        except FileNotFoundError as error:  # of a built-in dataset; ours is a ValueError that says more
             raise ValueError(
-                f"The data set {name!r} in DATASETS.TRAIN is not here ({error}). Detectron2's built-in data "
+                f"The dataset {name!r} in DATASETS.TRAIN is not here ({error}). Detectron2's built-in data "
                 "sets are looked for below the folder in the environment variable DETECTRON2_DATASETS."
             ) from error
         if any("annotations" not in record for record in part):
             raise ValueError(
-                f"The data set {name!r} in DATASETS.TRAIN has no annotations "
+                f"The dataset {name!r} in DATASETS.TRAIN has no annotations "
                 f"({MetadataCatalog.get(name).get('json_file', 'registered elsewhere')}): it can be "
                 "predicted on (DATASETS.TEST) but not trained on."
             )
-        check_pictures(part, MetadataCatalog.get(name).get("image_root"))
+        check_images(part, MetadataCatalog.get(name).get("image_root"))
         dicts.extend(part)
         parts.append(DatasetPart(name, True, part, list(MetadataCatalog.get(name).get("thing_classes", [])), []))
     check_class_names(cfg)  # after loading: Detectron2's own loader only then knows the names
     if not any(not annotation.get("iscrowd", 0) for record in dicts for annotation in record["annotations"]):
         raise ValueError(
-            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has {len(dicts)} pictures but not one usable box: "
+            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has {len(dicts)} images but not one usable box: "
             f"there is nothing to train on. Check the annotation files in {CONFIG_KEY}."
         )
     if comm.is_main_process():
@@ -164,7 +164,7 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
 
 
 def log_findings(cfg: CfgNode, parts: list[DatasetPart]) -> None:
-    """Logs what is odd about the training sets, and what they share with the test sets; opens no picture.
+    """Logs what is odd about the training sets, and what they share with the test sets; opens no image.
 
     Args:
         cfg: reads DATASETS.TEST and MODEL.DETR.NUM_QUERIES.
@@ -179,7 +179,7 @@ def log_findings(cfg: CfgNode, parts: list[DatasetPart]) -> None:
             except ValueError:
                 continue  # told by check_class_names
             try:
-                check_pictures(tests[-1].records, MetadataCatalog.get(name).image_root)
+                check_images(tests[-1].records, MetadataCatalog.get(name).image_root)
             except ValueError as error:
                 _logger.warning("Evaluation on %r will fail: %s", name, error)
     for finding in annotation_findings([*parts, *tests], cfg.MODEL.DETR.NUM_QUERIES):
@@ -217,7 +217,7 @@ def check_class_names(cfg: CfgNode) -> None:
 def _check_registered(name: str, key: str) -> None:
     if name not in DatasetCatalog:
         raise ValueError(
-            f"{key} names {name!r}, which is no registered data set. Add [{name!r}, annotation file, picture "
+            f"{key} names {name!r}, which is no registered dataset. Add [{name!r}, annotation file, image "
             f"folder] to {CONFIG_KEY}, or correct the name."
         )
 

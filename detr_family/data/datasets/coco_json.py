@@ -4,7 +4,7 @@ Two kinds of fault, two answers:
 
 * The file cannot mean what it says (not JSON, an undeclared category, a repeated id ...): one ValueError that
   names the file, the entry and what to do.
-* A single box is unusable (NaN, no width, outside its picture ...): it is left out, in training and
+* A single box is unusable (NaN, no width, outside its image ...): it is left out, in training and
   evaluation alike, and one warning counts what was left out and names the first annotations.
 """
 
@@ -21,12 +21,12 @@ from detectron2.utils.logger import log_first_n
 from PIL import Image
 
 CONFIG_KEY = "DATASETS.COCO_FORMAT"
-CLIPPED = "partly outside the picture (kept, clipped to it)"
+CLIPPED = "partly outside the image (kept, clipped to it)"
 # A box may reach this far over the border before it counts as wrong: annotation tools round to whole pixels.
 _BORDER_TOLERANCE = 1.0
 # Narrower boxes do not survive the rounding of float32, and Detectron2 would drop them without a word.
 _LEAST_SIDE = 1e-3
-# The most digits a picture's side may have: sides of more are typing errors, and overflow later.
+# The most digits an image's side may have: sides of more are typing errors, and overflow later.
 _MOST_PIXELS = 10**6
 # From this share of boxes that reach outside on, they are taken for two corners.
 _SHARE_OUTSIDE = 0.2
@@ -54,12 +54,12 @@ class CocoScan:
     """What a COCO-format file holds, and what of it is left out.
 
     Attributes:
-        records: one dataset dict for each picture, see `read_coco_json`.
+        records: one dataset dict for each image, see `read_coco_json`.
         faults: what is wrong with single boxes -> the annotations it is wrong with ("id 7", or their place in
             the list). All are left out but for the fault CLIPPED.
         num_annotations: entries of "annotations"; None where the file has no such list.
         repeated_ids: annotation ids that occur more than once, as texts.
-        without_size: names of pictures whose entry has no width and height, and whose header was read.
+        without_size: names of images whose entry has no width and height, and whose header was read.
     """
 
     records: list[dict[str, Any]]
@@ -75,9 +75,9 @@ class CocoScan:
 
 
 def read_coco_json(json_file: str, image_root: str) -> list[dict[str, Any]]:
-    """Reads and checks a COCO-format file without opening its pictures.
+    """Reads and checks a COCO-format file without opening its images.
 
-    Only an image entry without a usable width or height has its picture's header read. Segmentations and
+    Only an image entry without a usable width or height has its image's header read. Segmentations and
     keypoints are ignored; an annotation marked "ignore" counts as crowd. What is left out is counted in the log.
 
     Args:
@@ -85,12 +85,12 @@ def read_coco_json(json_file: str, image_root: str) -> list[dict[str, Any]]:
         image_root: folder that the file names in it start from.
 
     Returns:
-        One dict for each picture, by ascending image id, with file_name, height, width, image_id (the file's
+        One dict for each image, by ascending image id, with file_name, height, width, image_id (the file's
         own) and, if the file has annotations at all, annotations: dicts with bbox (x, y, width, height in
         pixels), bbox_mode, category_id (0-based class number), iscrowd (0 or 1) and area (square pixels).
 
     Raises:
-        ValueError: the file is missing, is no COCO file, contradicts itself or has no pictures.
+        ValueError: the file is missing, is no COCO file, contradicts itself or has no images.
     """
     scan = scan_coco_json(json_file, image_root)
     _report(json_file, scan)
@@ -202,7 +202,7 @@ def _load(json_file: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise _fault(
             json_file,
-            f"the file holds a {type(data).__name__}, not a COCO data set",
+            f"the file holds a {type(data).__name__}, not a COCO dataset",
             'It must be an object with "images", "annotations" and "categories".',
         )
     for key in ("images", "categories"):
@@ -210,7 +210,7 @@ def _load(json_file: str) -> dict[str, Any]:
         if not isinstance(entries, list):
             raise _fault(
                 json_file,
-                f'not a COCO data set: "{key}" is {"missing" if entries is None else _short(entries)}',
+                f'not a COCO dataset: "{key}" is {"missing" if entries is None else _short(entries)}',
                 'A COCO file has the lists "images", "annotations" and "categories".',
             )
         for index, entry in enumerate(entries):
@@ -255,7 +255,7 @@ def _categories(json_file: str, data: dict[str, Any]) -> dict[int, str]:
 def _images(
     json_file: str, image_root: str, entries: list[dict[str, Any]]
 ) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """Records by image id, and the names of those whose size came from the picture."""
+    """Records by image id, and the names of those whose size came from the image."""
     records: dict[int, dict[str, Any]] = {}
     without_size = []
     for index, entry in enumerate(entries):
@@ -280,28 +280,28 @@ def _images(
             )
         records[identifier] = {"file_name": path, "height": height, "width": width, "image_id": identifier}
     if not records:
-        raise _fault(json_file, '"images" is empty: the data set has no pictures', "Give a file with pictures.")
+        raise _fault(json_file, '"images" is empty: the dataset has no images', "Give a file with images.")
     return records, without_size
 
 
 def _side(value: object) -> int:
-    """A picture's width or height in pixels where the file gives a usable one (640.0 is), else 0."""
+    """An image's width or height in pixels where the file gives a usable one (640.0 is), else 0."""
     if _is_integer(value) or (isinstance(value, float) and value.is_integer()):
         return max(int(value), 0)  # type: ignore[call-overload]
     return 0
 
 
 def _size_from_header(json_file: str, path: str) -> tuple[int, int]:
-    """Width and height as the picture is shown: turned by its EXIF orientation, as Detectron2 loads it."""
+    """Width and height as the image is shown: turned by its EXIF orientation, as Detectron2 loads it."""
     try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
     except Exception as error:  # whatever a damaged file makes the decoder raise
         raise _fault(
             json_file,
-            f"the entry of {path} has no width and height, and the picture cannot be read ({error})",
-            f"Add the two numbers, or correct the picture or its folder in {CONFIG_KEY}.",
+            f"the entry of {path} has no width and height, and the image cannot be read ({error})",
+            f"Add the two numbers, or correct the image or its folder in {CONFIG_KEY}.",
         ) from error
     return (height, width) if turned else (width, height)
 
@@ -311,8 +311,8 @@ def check_box(value: object, width: int, height: int) -> tuple[list[float] | Non
 
     Args:
         value: should be x, y, width, height in pixels.
-        width: the picture's, pixels.
-        height: the picture's, pixels.
+        width: the image's, pixels.
+        height: the image's, pixels.
 
     Returns:
         The usable box, or None, and what was wrong with it, or None.
@@ -335,7 +335,7 @@ def check_box(value: object, width: int, height: int) -> tuple[list[float] | Non
         return None, f"less than {_LEAST_SIDE} pixel wide or high"
     left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     if right - left < _LEAST_SIDE or bottom - top < _LEAST_SIDE:
-        return None, "outside the picture"
+        return None, "outside the image"
     overhang = max(left - x, top - y, x + w - right, y + h - bottom)
     if overhang > _BORDER_TOLERANCE:
         return [left, top, right - left, bottom - top], CLIPPED
@@ -351,13 +351,13 @@ def _area(value: object, box: list[float], clipped: bool) -> float:
 
 
 def corners_suspected(scan: CocoScan) -> str:
-    """Where so many boxes reach outside their pictures that they seem to be corners: what to do; else empty."""
+    """Where so many boxes reach outside their images that they seem to be corners: what to do; else empty."""
     outside = sum(len(labels) for fault, labels in scan.faults.items() if "outside" in fault)
     if not scan.num_annotations or outside < 5 or outside < _SHARE_OUTSIDE * scan.num_annotations:
         return ""
     return (
-        f"{outside} of {scan.num_annotations} boxes reach outside their pictures: COCO's format has x, y, width, "
-        "height, not two corners, and counts in the pixels of the picture as it is shown"
+        f"{outside} of {scan.num_annotations} boxes reach outside their images: COCO's format has x, y, width, "
+        "height, not two corners, and counts in the pixels of the image as it is shown"
     )
 
 

@@ -1,13 +1,13 @@
-"""Objects365 (Shao et al., ICCV 2019), the data set that DINO's largest models are pre-trained on.
+"""Objects365 (Shao et al., ICCV 2019), the dataset that DINO's largest models are pre-trained on.
 
 Below Detectron2's root (the environment variable DETECTRON2_DATASETS, by default ./datasets):
 
     Objects365/Obj365_v1/annotations/objects365_{train,val}.json    Objects365/Obj365_v1/{train,val}/*.jpg
     Objects365/Obj365_v2/annotations/zhiyuan_objv2_{train,val}.json Objects365/Obj365_v2/{train,val}/patch*/*.jpg
 
-Pictures of the second version may also lie as they are packed, below {train,val}/images/v1 and images/v2. The names
+Images of the second version may also lie as they are packed, below {train,val}/images/v1 and images/v2. The names
 are objects365_v1_train, objects365_v1_val and the same of v2; DINO's paper (appendix D.2) validates on the first
-5000 pictures of v2's val (objects365_v2_minival) and trains on the others too (objects365_v2_valminusminival).
+5000 images of v2's val (objects365_v2_minival) and trains on the others too (objects365_v2_valminusminival).
 
 Class names, 365 of them, are the annotation file's own. Nothing is read before it is needed.
 """
@@ -23,7 +23,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detr_family.data.datasets.coco import CocoFormatMetadata
 from detr_family.data.datasets.coco_json import read_coco_json
 
-MINIVAL = 5000  # pictures of v2's val, by ascending id
+MINIVAL = 5000  # images of v2's val, by ascending id
 # The second version's annotations name these, and its archives do not hold them.
 MISSING = (
     "patch16/objects365_v2_00908726.jpg",
@@ -31,7 +31,7 @@ MISSING = (
     "patch6/objects365_v1_00320534.jpg",
 )
 
-# name -> annotation file, folder of pictures, which of the pictures
+# name -> annotation file, folder of images, which of the images
 SPLITS: dict[str, tuple[str, str, slice]] = {
     "objects365_v1_train": ("Obj365_v1/annotations/objects365_train.json", "Obj365_v1/train", slice(None)),
     "objects365_v1_val": ("Obj365_v1/annotations/objects365_val.json", "Obj365_v1/val", slice(None)),
@@ -54,12 +54,12 @@ class Objects365Metadata(CocoFormatMetadata):
 
 
 def load_objects365(json_file: str, image_root: str, part: slice) -> list[dict[str, Any]]:
-    """Dataset dicts of Detectron2, by ascending picture id.
+    """Dataset dicts of Detectron2, by ascending image id.
 
     Args:
         json_file: the annotation file.
-        image_root: the folder of pictures.
-        part: which of the pictures.
+        image_root: the folder of images.
+        part: which of the images.
 
     Raises:
         FileNotFoundError: the annotation file is not here.

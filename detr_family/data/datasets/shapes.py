@@ -1,8 +1,8 @@
-"""A small generated data set in COCO format: circles, squares and triangles on noisy backgrounds.
+"""A small generated dataset in COCO format: circles, squares and triangles on noisy backgrounds.
 
 Meant for trying out a detector in minutes without downloading anything: objects of many sizes overlap, some
-pictures are empty, and the category ids have holes as users' own often do. The same seed gives the same
-pictures.
+images are empty, and the category ids have holes as users' own often do. The same seed gives the same
+images.
 """
 
 import json
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 CATEGORIES = ((1, "circle"), (3, "square"), (7, "triangle"))
 _STAMP = "shapes.json"
-_FORMAT = 1  # raise when the pictures of a seed change
+_FORMAT = 1  # raise when the images of a seed change
 _EMPTY = 0.05
 _MOST_OBJECTS = 6
 _SMALLEST, _LARGEST = 11.0, 0.55  # diameter: pixels, and share of the shorter side
@@ -37,23 +37,23 @@ class _Recipe:
 def write_shapes(
     root: str, num_train: int, num_val: int, size: tuple[int, int] = (96, 112), seed: int = 0
 ) -> list[tuple[str, str, str]]:
-    """Writes the data set, or finds it there from an earlier call with the same arguments.
+    """Writes the dataset, or finds it there from an earlier call with the same arguments.
 
-    Layout: train.json, val.json, and the pictures as PNG in train/ and val/. A stamp written last marks the
-    data set complete, so that an interrupted call is redone.
+    Layout: train.json, val.json, and the images as PNG in train/ and val/. A stamp written last marks the
+    dataset complete, so that an interrupted call is redone.
 
     Args:
         root: the folder, made if missing.
-        num_train: pictures to train on, at least 1.
-        num_val: pictures to evaluate on, at least 1.
-        size: least and greatest length of a picture's side in pixels, each side drawn for itself.
+        num_train: images to train on, at least 1.
+        num_val: images to evaluate on, at least 1.
+        size: least and greatest length of an image's side in pixels, each side drawn for itself.
         seed: of all that is random.
 
     Returns:
         Two entries for DATASETS.COCO_FORMAT with absolute paths, named shapes_train and shapes_val.
 
     Raises:
-        ValueError: numbers out of range, or the folder holds another data set.
+        ValueError: numbers out of range, or the folder holds another dataset.
     """
     recipe = _Recipe(num_train, num_val, (int(size[0]), int(size[1])), seed)
     if num_train < 1 or num_val < 1:
@@ -84,14 +84,14 @@ def write_shapes(
 
 
 def draw_shapes(rng: np.random.Generator, size: tuple[int, int]) -> tuple[Image.Image, list[dict[str, Any]]]:
-    """One picture and its objects, from back to front.
+    """One image and its objects, from back to front.
 
     Args:
         rng: source of all that is random.
         size: least and greatest length of a side in pixels.
 
     Returns:
-        The picture (RGB) and for each object a dict with category_id, bbox (x, y, width, height in pixels,
+        The image (RGB) and for each object a dict with category_id, bbox (x, y, width, height in pixels,
         around the whole shape, also where another covers it) and area (square pixels of the whole shape).
     """
     width, height = (int(side) for side in rng.integers(size[0], size[1] + 1, 2))
@@ -133,13 +133,13 @@ def _write_split(json_file: str, folder: str, count: int, recipe: _Recipe, split
     os.makedirs(folder, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in tqdm(range(count), desc=f"drawing {os.path.basename(folder)} pictures", delay=2, mininterval=1):
-        # A generator for each picture: the first hundred are the same whatever the count.
+    for index in tqdm(range(count), desc=f"drawing {os.path.basename(folder)} images", delay=2, mininterval=1):
+        # A generator for each image: the first hundred are the same whatever the count.
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([recipe.seed, split, index])))
-        picture, objects = draw_shapes(rng, recipe.size)
+        image, objects = draw_shapes(rng, recipe.size)
         name = f"{index:06d}.png"
-        picture.save(os.path.join(folder, name), compress_level=1)
-        images.append({"id": index + 1, "file_name": name, "width": picture.width, "height": picture.height})
+        image.save(os.path.join(folder, name), compress_level=1)
+        images.append({"id": index + 1, "file_name": name, "width": image.width, "height": image.height})
         for known in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": index + 1, "iscrowd": 0, **known})
     categories = [{"id": identifier, "name": name} for identifier, name in CATEGORIES]
@@ -174,12 +174,12 @@ def _outline(name: str, diameter: float, angle: float) -> np.ndarray:
 
 
 def _place(
-    rng: np.random.Generator, extent: np.ndarray, picture: tuple[int, int], taken: list[list[float]]
+    rng: np.random.Generator, extent: np.ndarray, image: tuple[int, int], taken: list[list[float]]
 ) -> tuple[float, float, float, float] | None:
-    """A box (x, y, width, height) inside the picture that covers no other too much; None if none is found."""
+    """A box (x, y, width, height) inside the image that covers no other too much; None if none is found."""
     width, height = float(extent[0]), float(extent[1])
     for _ in range(20):
-        x, y = rng.uniform(0, picture[0] - width), rng.uniform(0, picture[1] - height)
+        x, y = rng.uniform(0, image[0] - width), rng.uniform(0, image[1] - height)
         for left, top, other_width, other_height in taken:
             across = min(x + width, left + other_width) - max(x, left)
             down = min(y + height, top + other_height) - max(y, top)

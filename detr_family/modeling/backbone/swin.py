@@ -3,7 +3,7 @@
 What differs from Detectron2's class:
 
 - Sizes by name, and out-features by name, as a ResNet's are.
-- No padding of the pictures is asked for: the patches and windows pad themselves, as in the papers' releases.
+- No padding of the images is asked for: the patches and windows pad themselves, as in the papers' releases.
 - Stochastic depth is torchvision's, so that it needs no further package.
 - The index of relative positions, which follows from the window's size, is not part of a checkpoint.
 
@@ -33,7 +33,7 @@ class Swin(SwinTransformer):
     """Swin T, S, B or L.
 
     Args:
-        in_channels: channels of the pictures.
+        in_channels: channels of the images.
         size: "T", "S", "B" or "L".
         window_size: side of the attention windows, tokens; 7, or 12 for weights made at 384 pixels.
         drop_path_rate: stochastic depth: probability of leaving out a residual branch of the last block, rising
@@ -86,7 +86,7 @@ class Swin(SwinTransformer):
 
     @property
     def size_divisibility(self) -> int:
-        """0: pictures of any size will do."""
+        """0: images of any size will do."""
         return 0
 
     def train(self, mode: bool = True) -> Swin:

@@ -96,9 +96,9 @@ def test_counts_that_cannot_be_are_named(name: str, key: str) -> None:
         build(name, **{key: 0})
 
 
-def test_pictures_with_fewer_tokens_than_queries(name: str) -> None:
+def test_images_with_fewer_tokens_than_queries(name: str) -> None:
     model = build(name)
-    inputs = [tiny.picture(16, 32, 1, seed=3), tiny.picture(32, 16, 2, seed=4)]
+    inputs = [tiny.image(16, 32, 1, seed=3), tiny.image(32, 16, 2, seed=4)]
     losses = model.train()(inputs)
     sum(losses.values()).backward()
     assert all(torch.isfinite(x) for x in losses.values())

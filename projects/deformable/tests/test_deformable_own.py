@@ -33,7 +33,7 @@ def test_proposals_are_trained_for_one_label_and_have_a_row_for_it() -> None:
 
 def test_padding_is_chosen_last() -> None:
     model = build(TWO_STAGE).eval()
-    small, large = tiny.picture(64, 96, 0, seed=1), tiny.picture(128, 160, 0, seed=2)
+    small, large = tiny.image(64, 96, 0, seed=1), tiny.image(128, 160, 0, seed=2)
     with torch.no_grad():
         for parameter in (model.transformer.enc_output.weight, model.class_embed[-1].weight):
             parameter.normal_()

@@ -13,7 +13,7 @@ import tiny
 from engine import test_watch
 from own_data import coco_folder  # noqa: F401  (a fixture)
 from test_deformable_detectors import DETECTORS
-from test_predictor import picture, weights  # noqa: F401  (fixtures)
+from test_predictor import image, weights  # noqa: F401  (fixtures)
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("name", DETECTORS)]
 
@@ -26,12 +26,12 @@ def known_to_the_suite() -> Iterator[None]:
         del tiny.DETECTORS[name]
 
 
-def test_predicts_what_an_evaluation_does(name: str, weights: Any, picture: Path) -> None:  # noqa: F811
-    test_predictor.test_predicts_what_an_evaluation_does(name, weights, picture)
+def test_predicts_what_an_evaluation_does(name: str, weights: Any, image: Path) -> None:  # noqa: F811
+    test_predictor.test_predicts_what_an_evaluation_does(name, weights, image)
 
 
 def test_batches_of_the_predictor(name: str, weights: Any) -> None:  # noqa: F811
-    test_predictor.test_batches_give_what_single_pictures_give(name, weights)
+    test_predictor.test_batches_give_what_single_images_give(name, weights)
 
 
 def test_batches_of_the_evaluation(name: str, coco_folder: Path) -> None:  # noqa: F811

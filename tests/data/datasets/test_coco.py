@@ -1,4 +1,4 @@
-"""Users' own COCO-format data sets: reading, faults, registration and the training set."""
+"""Users' own COCO-format datasets: reading, faults, registration and the training set."""
 
 import copy
 import logging
@@ -13,7 +13,8 @@ from own_data import ANNOTATIONS, CATEGORIES, IMAGES, write
 from PIL import Image
 
 from detr_family import add_detr_family_config
-from detr_family.data.datasets import check_pictures, coco, register_coco_format, register_datasets, training_dicts
+from detr_family.data import check_images, register_coco_format, register_datasets, training_dicts
+from detr_family.data.datasets import coco
 from detr_family.data.datasets.coco_json import read_coco_json
 
 
@@ -39,7 +40,7 @@ def changed(entries, index, **changes):
     return entries
 
 
-def test_reads_pictures_in_order_with_class_numbers_by_ascending_id(coco_folder):
+def test_reads_images_in_order_with_class_numbers_by_ascending_id(coco_folder):
     records = read_coco_json(write(coco_folder), str(coco_folder))
     assert [record["image_id"] for record in records] == [4, 9, 21]
     assert records[0]["file_name"] == str(coco_folder / "a.png")
@@ -97,7 +98,7 @@ STRUCTURAL_FAULTS = {
     "no categories key": ({"categories": None}, '"categories" is missing'),
     "images no list": ({"images": {}}, '"images" is {}'),
     "image no object": ({"images": ["a.png"]}, r"images\[0\] is 'a.png'"),
-    "no pictures": ({"images": [], "annotations": []}, '"images" is empty'),
+    "no images": ({"images": [], "annotations": []}, '"images" is empty'),
     "no categories": ({"categories": [], "annotations": []}, '"categories" is empty'),
     "image id twice": ({"images": changed(IMAGES, 2, id=21)}, r"images\[2\] repeats the id 21"),
     "category id twice": ({"categories": changed(CATEGORIES, 1, id=7)}, r"categories\[1\] repeats the id 7"),
@@ -135,8 +136,8 @@ BOX_FAULTS = {
     "overflow": ([1, 1, 10**400, 5], "1 not finite"),
     "no width": ([1, 1, 0, 5], "1 zero or negative width or height"),
     "negative height": ([1, 1, 5, -5], "1 zero or negative width or height"),
-    "right of the picture": ([60, 1, 5, 5], "1 outside the picture"),
-    "above the picture": ([5, -9, 5, 9], "1 outside the picture"),
+    "right of the image": ([60, 1, 5, 5], "1 outside the image"),
+    "above the image": ([5, -9, 5, 9], "1 outside the image"),
     "three numbers": ([1, 1, 5], "1 missing or not four numbers"),
     "strings": (["1", "1", "5", "5"], "1 missing or not four numbers"),
     "missing": (None, "1 missing or not four numbers"),
@@ -164,7 +165,7 @@ def test_box_partly_outside_is_clipped_but_rounding_is_left(coco_folder, caplog)
         [40, 20, 20.4, 10],
     ]
     assert [annotation["area"] for annotation in annotations] == pytest.approx([300, 100, 204])
-    assert "2 partly outside the picture (kept, clipped to it): id 50, id 51" in caplog.messages[0]
+    assert "2 partly outside the image (kept, clipped to it): id 50, id 51" in caplog.messages[0]
 
 
 def test_good_file_gives_no_warning(coco_folder, caplog):
@@ -182,7 +183,7 @@ def test_many_faults_name_the_first_few_and_say_it_once(coco_folder, caplog):
     assert "9 zero or negative" in warning and "id 54, ..." in warning and "id 55" not in warning
 
 
-def test_size_is_read_from_the_picture_where_the_entry_has_none(coco_folder):
+def test_size_is_read_from_the_image_where_the_entry_has_none(coco_folder):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by a quarter
     Image.new("RGB", (50, 40)).save(coco_folder / "b.png", exif=exif)
@@ -190,7 +191,7 @@ def test_size_is_read_from_the_picture_where_the_entry_has_none(coco_folder):
     records = read_coco_json(write(coco_folder, {"images": images}), str(coco_folder))
     assert [(record["width"], record["height"]) for record in records] == [(60, 30), (40, 50)]
     (coco_folder / "b.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"b\.png has no width and height, and the picture cannot be read"):
+    with pytest.raises(ValueError, match=r"b\.png has no width and height, and the image cannot be read"):
         read_coco_json(write(coco_folder, {"images": images}), str(coco_folder))
 
 
@@ -255,7 +256,7 @@ def test_equal_names_are_kept_apart(coco_folder):
     assert MetadataCatalog.get("fish").thing_classes == ["fish (id 0)", "fish (id 1)", "5"]
 
 
-def test_training_set_keeps_empty_pictures_unless_told_otherwise(coco_folder):
+def test_training_set_keeps_empty_images_unless_told_otherwise(coco_folder):
     cfg = config(["t"], [], [("t", write(coco_folder), str(coco_folder))])
     assert [record["image_id"] for record in training_dicts(cfg)] == [4, 9, 21]
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
@@ -292,25 +293,25 @@ def test_training_without_annotations(coco_folder):
 @pytest.mark.parametrize("changes", [{"annotations": []}, with_boxes([0, 0, 0, 0], [1, 1, math.nan, 1])])
 def test_training_without_one_usable_box(coco_folder, changes):
     cfg = config(["t"], [], [("t", write(coco_folder, changes), str(coco_folder))])
-    with pytest.raises(ValueError, match=r"has 3 pictures but not one usable box.*DATASETS.COCO_FORMAT"):
+    with pytest.raises(ValueError, match=r"has 3 images but not one usable box.*DATASETS.COCO_FORMAT"):
         training_dicts(cfg)
 
 
-def test_training_with_missing_pictures(coco_folder):
+def test_training_with_missing_images(coco_folder):
     cfg = config(["t"], [], [("t", write(coco_folder), str(coco_folder))])
     (coco_folder / "a.png").unlink()
     (coco_folder / "c.png").unlink()
-    with pytest.raises(ValueError, match=r"2 of 3 pictures .*missing.*a\.png.*c\.png.*DATASETS.COCO_FORMAT") as error:
+    with pytest.raises(ValueError, match=r"2 of 3 images .*missing.*a\.png.*c\.png.*DATASETS.COCO_FORMAT") as error:
         training_dicts(cfg)
-    assert f"picture folder {coco_folder}:" in str(error.value)
+    assert f"image folder {coco_folder}:" in str(error.value)
 
 
-def test_many_pictures_are_sampled(coco_folder, caplog, monkeypatch):
-    monkeypatch.setattr(coco, "_CHECKED_PICTURES", 10)
+def test_many_images_are_sampled(coco_folder, caplog, monkeypatch):
+    monkeypatch.setattr(coco, "_CHECKED_IMAGES", 10)
     records = [{"file_name": str(coco_folder / f"none{i}.png")} for i in range(25)]
-    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match="10 of 10 pictures looked for"):
-        check_pictures(records)
-    assert "Looking for 10 of 25 pictures" in caplog.text
+    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match="10 of 10 images looked for"):
+        check_images(records)
+    assert "Looking for 10 of 25 images" in caplog.text
 
 
 OTHER_NAMES = [{"id": 3, "name": "red"}, {"id": 7, "name": "white"}, {"id": 100, "name": "platelet"}]

@@ -1,4 +1,4 @@
-"""Damaged annotation files and pictures: each gives a result or one clear error, and nothing is lost uncounted."""
+"""Damaged annotation files and images: each gives a result or one clear error, and nothing is lost uncounted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from detr_family.commands.data_check import check_data, text_of
+from detr_family.data import register_datasets, training_dicts
 from detr_family.data.dataset_mapper import DETRDatasetMapper
-from detr_family.data.datasets import register_datasets, training_dicts
 from detr_family.data.datasets.coco_json import scan_coco_json
 
 ODD: list[Any] = [
@@ -78,7 +78,7 @@ def corrupted(rng: random.Random) -> bytes:
 
 
 def use(cfg: Any, folder: Path) -> tuple[int, int]:
-    """Reads and maps the data set; pictures and boxes that came through. Any fault is a ValueError."""
+    """Reads and maps the dataset; images and boxes that came through. Any fault is a ValueError."""
     register_datasets(cfg)
     dicts = training_dicts(cfg)
     mapper = DETRDatasetMapper(cfg, True)
@@ -101,7 +101,7 @@ def test_a_corrupted_annotation_file(seed: int, coco_folder: Path, caplog: pytes
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.CROP.ENABLED = (64,), 128, False
     try:
         with caplog.at_level(logging.WARNING):
-            pictures, boxes = use(cfg, coco_folder)
+            images, boxes = use(cfg, coco_folder)
     except ValueError as error:
         text = str(error)
         assert any(name in text for name in ("fuzz", "a.png", "b.png", "c.png")), text
@@ -109,7 +109,7 @@ def test_a_corrupted_annotation_file(seed: int, coco_folder: Path, caplog: pytes
         return
     scan = scan_coco_json(str(path), str(coco_folder))
     raw = json.loads(path.read_bytes())
-    assert pictures == len(raw["images"]) == len(scan.records)
+    assert images == len(raw["images"]) == len(scan.records)
     kept = [a for record in scan.records for a in record["annotations"]]
     assert len(raw["annotations"]) == scan.num_annotations == len(kept) + scan.num_left_out
     assert boxes == sum(not a["iscrowd"] for a in kept)
@@ -150,9 +150,9 @@ def noise(height: int = 40, width: int = 50) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -162,7 +162,7 @@ def turned() -> bytes:
     return encoded(noise(50, 40), "JPEG", exif=exif)
 
 
-PICTURES: dict[str, tuple[bytes, tuple[int, int], bool]] = {
+IMAGES: dict[str, tuple[bytes, tuple[int, int], bool]] = {
     # content, width and height in the annotation file, whether it can be used
     "truncated png": (encoded(noise())[:900], (50, 40), False),
     "truncated jpeg": (encoded(noise(), "JPEG")[:600], (50, 40), False),
@@ -189,9 +189,9 @@ PICTURES: dict[str, tuple[bytes, tuple[int, int], bool]] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("crop", [False, True])
-@pytest.mark.parametrize("name", PICTURES)
-def test_an_odd_picture(name: str, crop: bool, coco_folder: Path) -> None:
-    content, (width, height), usable = PICTURES[name]
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_odd_image(name: str, crop: bool, coco_folder: Path) -> None:
+    content, (width, height), usable = IMAGES[name]
     (coco_folder / "odd.png").write_bytes(content)
     images = [{"id": 1, "file_name": "odd.png", "width": width, "height": height}]
     box = [0.2 * width, 0.2 * height, 0.5 * width, 0.6 * height]
@@ -220,21 +220,21 @@ def test_an_odd_picture(name: str, crop: bool, coco_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", tiny.DETECTORS)
-def test_pictures_of_one_row_column_or_pixel_go_through_every_detector(name: str) -> None:
+def test_images_of_one_row_column_or_pixel_go_through_every_detector(name: str) -> None:
     cfg = tiny.cfg_of(name)
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_torchvision_resnet_backbone", 0
     cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.RESNETS.NORM = 18, 64, "FrozenBN"
     if cfg.MODEL.RESNETS.OUT_FEATURES == ["res4"]:  # Detectron2's default; a detector of several levels says its own
         cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
     model = build_model(cfg)
-    pictures = [tiny.picture(*size, 2, seed=i) for i, size in enumerate([(1, 133), (133, 1), (1, 1), (64, 48)])]
-    losses = model(pictures)
+    images = [tiny.image(*size, 2, seed=i) for i, size in enumerate([(1, 133), (133, 1), (1, 1), (64, 48)])]
+    losses = model(images)
     assert losses and all(torch.isfinite(loss) for loss in losses.values())
     model.eval()
-    for i, picture in enumerate(pictures):
-        (alone,) = model([picture])
+    for i, image in enumerate(images):
+        (alone,) = model([image])
         assert torch.isfinite(alone["instances"].scores).all(), i
 
 
-def test_data_sets_of_the_tests_are_forgotten() -> None:
+def test_datasets_of_the_tests_are_forgotten() -> None:
     assert not any(name.startswith(("fuzz", "odd")) for name in [*DatasetCatalog.list(), *MetadataCatalog.list()])

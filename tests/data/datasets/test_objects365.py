@@ -1,4 +1,4 @@
-"""Objects365 in its published layout, made up with a few pictures."""
+"""Objects365 in its published layout, made up with a few images."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def second_version(root: Path, packed: bool) -> list[str]:
 def test_the_second_version_is_read_where_it_lies(root: Path, cfg: CfgNode, packed: bool) -> None:
     second_version(root, packed)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("objects365_v2_train",), ("objects365_v2_minival",)
-    records = training_dicts(cfg)  # looks for the pictures
+    records = training_dicts(cfg)  # looks for the images
     assert [r["image_id"] for r in records] == [0, 20]  # that of id 10 is in no archive
     assert records[1]["file_name"].endswith("images/v2/patch16/b.jpg" if packed else "train/patch16/b.jpg")
     assert records[0]["annotations"][0]["category_id"] == 2  # of 1, 2 and 365
@@ -88,7 +88,7 @@ def test_the_validation_set_is_parted_as_in_the_paper(root: Path, monkeypatch: p
     assert [r["image_id"] for r in DatasetCatalog.get("objects365_v2_valminusminival")] == [20]
 
 
-def test_only_its_own_pictures_are_evaluated(root: Path, cfg: CfgNode, tmp_path: Path) -> None:
+def test_only_its_own_images_are_evaluated(root: Path, cfg: CfgNode, tmp_path: Path) -> None:
     second_version(root, packed=False)
     evaluator = build_evaluator(cfg, "objects365_v2_minival", str(tmp_path))
     assert sorted(evaluator._coco_api.getImgIds()) == [0, 20]

@@ -92,7 +92,7 @@ def test_features_equal_torchvisions(cfg: CfgNode, window: int) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_features_are_named_with_their_strides_and_any_size_of_picture_will_do(cfg: CfgNode) -> None:
+def test_features_are_named_with_their_strides_and_any_size_of_image_will_do(cfg: CfgNode) -> None:
     backbone = build(cfg, OUT_FEATURES=["p1", "p3"])
     shape = backbone.output_shape()
     assert {k: (s.channels, s.stride) for k, s in shape.items()} == {"p1": (24, 8), "p3": (96, 32)}
