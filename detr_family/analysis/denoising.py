@@ -145,7 +145,7 @@ def numbers_of(image: Image, rows: Sequence[tuple[str, list[NoisedBox]]], names:
 def draw(
     image: Image, rows: Sequence[tuple[str, list[NoisedBox]]], names: Sequence[str], num_groups: int
 ) -> Figure:
-    """A row for each detector: the truth, then its groups."""
+    """A row for each detector: the ground truth, then its groups."""
     most = max(x.group for _, boxes in rows for x in boxes) + 1
     columns = 1 + min(num_groups, most)
     height, width = image.image.shape[:2]
@@ -155,7 +155,7 @@ def draw(
     palette = style.COLOURS[:-1]
     for row, (name, boxes) in zip(grid, rows, strict=True):
         for group, axes in enumerate(row, start=-1):
-            style.show_image(axes, image.image, "truth" if group < 0 else f"group {group + 1}")
+            style.show_image(axes, image.image, "ground truth" if group < 0 else f"group {group + 1}")
             for i, box in enumerate(truth if group < 0 else []):
                 style.draw_box(axes, box, palette[i % len(palette)])
                 style.label_box(axes, box, names[labels[i]], palette[i % len(palette)])

@@ -141,7 +141,7 @@ def draw(image: Image, matching: Matching, class_names: list[str], name: str) ->
     figure = style.new_figure(11.0, 5.6)
     left, right = np.ravel(np.asarray(figure.subfigures(1, 2, width_ratios=[1, 1.75])))
     axes = left.subplots()
-    style.show_image(axes, image.image, f"{image.name}: truth (full) and assigned boxes (dashed)")
+    style.show_image(axes, image.image, f"{image.name}: ground truth (full) and assigned boxes (dashed)")
     truth, predicted = image.truth_xyxy, image.in_pixels(matching.prediction.boxes[0])
     for i in range(count):
         colour = style.COLOURS[i % (len(style.COLOURS) - 1)]

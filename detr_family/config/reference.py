@@ -1,4 +1,4 @@
-"""docs/config.md: a page on every key, made from the comments in config.py."""
+"""docs/config.md: a page on every key, made from the comments in defaults.py."""
 
 from __future__ import annotations
 

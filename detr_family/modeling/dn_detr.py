@@ -237,7 +237,7 @@ def denoising_content(label_enc: nn.Embedding, groups: DenoisingGroups) -> Tenso
 def denoised_losses(
     criterion: SetCriterion, prediction: DenoisingPrediction, targets: Targets, *, aux_loss: bool
 ) -> dict[str, Tensor]:
-    """Losses of the denoised boxes, each against its own truth (section 4.2), with `_dn` in their names.
+    """Losses of the denoised boxes, each against its own ground truth (section 4.2), with `_dn` in their names.
 
     They are divided by the number of noised boxes, averaged over all processes like that of boxes: so they do not
     depend on how a batch is split. With one process it is the release's.
