@@ -29,6 +29,7 @@ setup(
         "scipy>=1.10",
         "pycocotools>=2.0.7",
         "matplotlib>=3.7",
+        "typing_extensions>=4.4",
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3"],

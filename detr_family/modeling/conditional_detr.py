@@ -21,19 +21,19 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from detr_family.layers.attention import ProjectedAttention
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.mlp import MLP
-from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
-from detr_family.modeling.criterion import FocalClassLoss, SetCriterion
+from detr_family.layers.position_encoding import sine_of_coordinates
+from detr_family.modeling.criterion import FocalClassLoss
 from detr_family.modeling.detr import Encoder, EncoderLayer
-from detr_family.modeling.matcher import FocalClassCost, HungarianMatcher
+from detr_family.modeling.matcher import FocalClassCost
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import SetDetector, common_arguments
+from detr_family.modeling.set_detector import CommonArguments, SetDetector, common_arguments, sine_encoding
 from detr_family.modeling.structures import SetPrediction, Targets
 
 PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)  # every class starts at a probability of 0.01 (arXiv 1708.02002, 4.1)
@@ -44,70 +44,39 @@ class ConditionalDETR(SetDetector):
     """Backbone, transformer, prediction heads.
 
     Args:
-        backbone: a Detectron2 backbone, of which the coarsest feature map is read.
         transformer: see `ConditionalTransformer`.
-        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
-        num_classes: K, classes of the dataset.
         num_queries: Q.
-        aux_loss: train the sets of the earlier decoder layers too.
-        matcher: pairs predictions with ground truth.
-        criterion: the loss of matched pairs.
-        topk: detections per image, at most Q * K.
-        pixel_mean: three means, in the channel order of the input.
-        pixel_std: three standard deviations.
+        **common: see `CommonArguments`.
     """
 
     @configurable
     def __init__(
         self,
         *,
-        backbone: Backbone,
         transformer: ConditionalTransformer,
-        position_encoding: nn.Module,
-        num_classes: int,
         num_queries: int,
-        aux_loss: bool,
-        matcher: HungarianMatcher,
-        criterion: SetCriterion,
-        topk: int,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            num_classes=num_classes,
-            aux_loss=aux_loss,
-            matcher=matcher,
-            criterion=criterion,
-            select=best_pairs,
-            topk=topk,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-        )
+        super().__init__(select=best_pairs, **common)
         if num_queries < 1:
             raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
         dim = transformer.dim
-        self.feature = list(backbone.output_shape())[-1]
+        self.feature = list(self.backbone.output_shape())[-1]
         self.transformer = transformer
-        self.position_encoding = position_encoding
-        self.input_proj = nn.Conv2d(backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
+        self.input_proj = nn.Conv2d(self.backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
         self.query_embed = nn.Embedding(num_queries, dim)  # the object queries o_q
-        self.class_embed = nn.Linear(dim, num_classes)
+        self.class_embed = nn.Linear(dim, self.num_classes)
         self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
         nn.init.constant_(self.class_embed.bias, PRIOR_BIAS)
         self.bbox_embed.zero_last_layer()
+        self.finish(ConditionalDETR)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """The arguments of `__init__`, from Detectron2's configuration."""
         detr = cfg.MODEL.DETR
-        temperature = detr.SPATIAL_ENCODING.TEMPERATURE
         return {
-            **common_arguments(
-                cfg,
-                class_cost=FocalClassCost(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
-                class_loss=FocalClassLoss(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
-            ),
+            **focal_arguments(cfg),
             "transformer": ConditionalTransformer(
                 dim=detr.HIDDEN_DIM,
                 num_heads=detr.NUM_HEADS,
@@ -115,9 +84,6 @@ class ConditionalDETR(SetDetector):
                 decoder_layers=detr.DEC_LAYERS,
                 feedforward_dim=detr.FEEDFORWARD_DIM,
                 dropout=detr.DROPOUT,
-            ),
-            "position_encoding": SinePositionEncoding(
-                detr.HIDDEN_DIM, temperature_x=temperature, temperature_y=temperature
             ),
             "num_queries": detr.NUM_QUERIES,
         }
@@ -146,6 +112,17 @@ class ConditionalDETR(SetDetector):
         return SetPrediction(
             layer_logits=self.class_embed(decoded), layer_boxes=torch.cat([centre, boxes[..., 2:]], -1).sigmoid()
         )
+
+
+def focal_arguments(cfg: CfgNode) -> CommonArguments:
+    """What this detector and those of the papers after it read alike: `common_arguments` with the focal loss."""
+    alpha, gamma = cfg.MODEL.DETR.FOCAL_ALPHA, cfg.MODEL.DETR.FOCAL_GAMMA
+    return common_arguments(
+        cfg,
+        position_encoding=sine_encoding(cfg),
+        class_cost=FocalClassCost(alpha, gamma),
+        class_loss=FocalClassLoss(alpha, gamma),
+    )
 
 
 class ConditionalTransformer(nn.Module):

@@ -14,25 +14,22 @@ Parameter names are the release's. Letters as in `detr_family.modeling.detr`; P 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.mlp import MLP
-from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
-from detr_family.modeling.conditional_detr import PRIOR_BIAS, ConditionalDecoderLayer
-from detr_family.modeling.criterion import FocalClassLoss, SetCriterion
+from detr_family.layers.position_encoding import sine_of_coordinates
+from detr_family.modeling.conditional_detr import PRIOR_BIAS, ConditionalDecoderLayer, focal_arguments
 from detr_family.modeling.detr import EncoderLayer
-from detr_family.modeling.matcher import FocalClassCost, HungarianMatcher
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import SetDetector, common_arguments
+from detr_family.modeling.set_detector import CommonArguments, SetDetector
 from detr_family.modeling.structures import SetPrediction, Targets
 
 EPS = 1e-3  # of inverse_sigmoid, in this paper's release and those that follow it
@@ -43,21 +40,13 @@ class DABDETR(SetDetector):
     """Backbone, transformer, prediction heads.
 
     Args:
-        backbone: a Detectron2 backbone, of which the coarsest feature map is read.
         transformer: see `DABTransformer`; its decoder holds the box head.
-        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
-        num_classes: K, classes of the dataset.
         num_queries: anchors; with P patterns the predicted set has P times as many boxes.
         fix_centres: anchors' centres are drawn uniformly and never trained ("fixed x, y" of the paper's tables).
             The release has a setting of that name which freezes nothing, so its published figure had trained
             centres: the default is False.
         anchor_size: where learned anchors start, see `learned_anchors`; 0 is the release's way.
-        aux_loss: train the sets of the earlier decoder layers too.
-        matcher: pairs predictions with ground truth.
-        criterion: the loss of matched pairs.
-        topk: detections per image.
-        pixel_mean: three means, in the channel order of the input.
-        pixel_std: three standard deviations.
+        **common: see `CommonArguments`.
     """
 
     fixed_centres: Tensor | None
@@ -66,57 +55,34 @@ class DABDETR(SetDetector):
     def __init__(
         self,
         *,
-        backbone: Backbone,
         transformer: DABTransformer,
-        position_encoding: nn.Module,
-        num_classes: int,
         num_queries: int,
         fix_centres: bool,
         anchor_size: float = 0.0,
-        aux_loss: bool,
-        matcher: HungarianMatcher,
-        criterion: SetCriterion,
-        topk: int,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            num_classes=num_classes,
-            aux_loss=aux_loss,
-            matcher=matcher,
-            criterion=criterion,
-            select=best_pairs,
-            topk=topk,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-        )
+        super().__init__(select=best_pairs, **common)
         if num_queries < 1:
             raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
         dim = transformer.dim
-        self.feature = list(backbone.output_shape())[-1]
+        self.feature = list(self.backbone.output_shape())[-1]
         self.transformer = transformer
-        self.position_encoding = position_encoding
-        self.input_proj = nn.Conv2d(backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
+        self.input_proj = nn.Conv2d(self.backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
         self.refpoint_embed = learned_anchors(num_queries, anchor_size)  # A_q before the sigmoid
-        self.class_embed = nn.Linear(dim, num_classes)
+        self.class_embed = nn.Linear(dim, self.num_classes)
         nn.init.constant_(self.class_embed.bias, PRIOR_BIAS)
         self.bbox_embed = transformer.decoder.bbox_embed  # the same module: the release has both names
         # A buffer: weight decay would move a parameter that has no gradient.
         centres = inverse_sigmoid(torch.rand(num_queries, 2), EPS) if fix_centres else None
         self.register_buffer("fixed_centres", centres)
+        self.finish(DABDETR)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """The arguments of `__init__`, from Detectron2's configuration."""
         detr, dab = cfg.MODEL.DETR, cfg.MODEL.DAB
-        temperature = detr.SPATIAL_ENCODING.TEMPERATURE
         return {
-            **common_arguments(
-                cfg,
-                class_cost=FocalClassCost(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
-                class_loss=FocalClassLoss(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
-            ),
+            **focal_arguments(cfg),
             "transformer": DABTransformer(
                 dim=detr.HIDDEN_DIM,
                 num_heads=detr.NUM_HEADS,
@@ -126,9 +92,6 @@ class DABDETR(SetDetector):
                 dropout=detr.DROPOUT,
                 num_patterns=dab.NUM_PATTERNS,
                 modulate=dab.MODULATE,
-            ),
-            "position_encoding": SinePositionEncoding(
-                detr.HIDDEN_DIM, temperature_x=temperature, temperature_y=temperature
             ),
             "num_queries": detr.NUM_QUERIES,
             "fix_centres": dab.FIX_CENTRES,

@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from detr_family.layers.mlp import MLP
-from detr_family.layers.position_encoding import LearnedPositionEncoding, SinePositionEncoding
-from detr_family.modeling.criterion import SetCriterion, SoftmaxClassLoss
-from detr_family.modeling.matcher import HungarianMatcher, softmax_class_cost
+from detr_family.layers.position_encoding import LearnedPositionEncoding
+from detr_family.modeling.criterion import SoftmaxClassLoss
+from detr_family.modeling.matcher import softmax_class_cost
 from detr_family.modeling.postprocessing import best_class_per_query
-from detr_family.modeling.set_detector import SetDetector, common_arguments
+from detr_family.modeling.set_detector import CommonArguments, SetDetector, common_arguments, sine_encoding
 from detr_family.modeling.structures import SetPrediction, Targets
 
 
@@ -36,56 +36,30 @@ class DETR(SetDetector):
     """The detector of figure 2: backbone, transformer, prediction heads.
 
     Args:
-        backbone: a Detectron2 backbone, of which the coarsest feature map is read.
         transformer: see `Transformer`.
-        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
-        num_classes: classes of the dataset, without no-object.
         num_queries: Q, the size of the predicted set.
-        aux_loss: train the sets of the earlier decoder layers too.
-        matcher: pairs predictions with ground truth.
-        criterion: the loss of matched pairs.
-        topk: detections per image, at most Q.
-        pixel_mean: three means, in the channel order of the input.
-        pixel_std: three standard deviations.
+        **common: see `CommonArguments`.
     """
 
     @configurable
     def __init__(
         self,
         *,
-        backbone: Backbone,
         transformer: Transformer,
-        position_encoding: nn.Module,
-        num_classes: int,
         num_queries: int,
-        aux_loss: bool,
-        matcher: HungarianMatcher,
-        criterion: SetCriterion,
-        topk: int,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            num_classes=num_classes,
-            aux_loss=aux_loss,
-            matcher=matcher,
-            criterion=criterion,
-            select=best_class_per_query,
-            topk=topk,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-        )
+        super().__init__(select=best_class_per_query, **common)
         if num_queries < 1:
             raise ValueError(f"DETR needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
         dim = transformer.dim
-        self.feature = list(backbone.output_shape())[-1]
+        self.feature = list(self.backbone.output_shape())[-1]
         self.transformer = transformer
-        self.position_encoding = position_encoding
-        self.input_proj = nn.Conv2d(backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
+        self.input_proj = nn.Conv2d(self.backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
         self.query_embed = nn.Embedding(num_queries, dim)  # the object queries
-        self.class_embed = nn.Linear(dim, num_classes + 1)
+        self.class_embed = nn.Linear(dim, self.num_classes + 1)
         self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
+        self.finish(DETR)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -94,16 +68,17 @@ class DETR(SetDetector):
         encoding = detr.SPATIAL_ENCODING
         position_encoding: nn.Module
         if encoding.TYPE == "sine":
-            position_encoding = SinePositionEncoding(
-                detr.HIDDEN_DIM, temperature_x=encoding.TEMPERATURE, temperature_y=encoding.TEMPERATURE
-            )
+            position_encoding = sine_encoding(cfg)
         elif encoding.TYPE == "learned":
             position_encoding = LearnedPositionEncoding(detr.HIDDEN_DIM, size=encoding.LEARNED_SIZE)
         else:
             raise ValueError(f"MODEL.DETR.SPATIAL_ENCODING.TYPE is {encoding.TYPE!r}; it may be 'sine' or 'learned'")
         return {
             **common_arguments(
-                cfg, class_cost=softmax_class_cost, class_loss=SoftmaxClassLoss(detr.NO_OBJECT_WEIGHT)
+                cfg,
+                position_encoding=position_encoding,
+                class_cost=softmax_class_cost,
+                class_loss=SoftmaxClassLoss(detr.NO_OBJECT_WEIGHT),
             ),
             "transformer": Transformer(
                 dim=detr.HIDDEN_DIM,
@@ -117,7 +92,6 @@ class DETR(SetDetector):
                 decoder_position=encoding.DECODER,
                 query_position=detr.QUERY_ENCODING,
             ),
-            "position_encoding": position_encoding,
             "num_queries": detr.NUM_QUERIES,
         }
 

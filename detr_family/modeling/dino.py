@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.mlp import MLP
-from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
-from detr_family.modeling.conditional_detr import PRIOR_BIAS
-from detr_family.modeling.criterion import FocalClassLoss, SetCriterion, mean_num_boxes
+from detr_family.layers.position_encoding import sine_of_coordinates
+from detr_family.modeling.conditional_detr import PRIOR_BIAS, focal_arguments
+from detr_family.modeling.criterion import mean_num_boxes
 from detr_family.modeling.dab_detr import EPS
 from detr_family.modeling.deformable import (
     DeformableDecoderLayer,
@@ -47,9 +47,8 @@ from detr_family.modeling.deformable import (
     take_tokens,
 )
 from detr_family.modeling.denoising import DenoisingGroups, contrastive_groups, denoising_groups
-from detr_family.modeling.matcher import FocalClassCost, HungarianMatcher
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import SetDetector, common_arguments
+from detr_family.modeling.set_detector import CommonArguments, SetDetector
 from detr_family.modeling.structures import SetPrediction, Targets
 
 QUERY_SELECTIONS = ("none", "pure", "mixed")
@@ -76,10 +75,7 @@ class DINO(SetDetector):
     """The detector of figure 2: backbone, transformer, prediction heads, denoising.
 
     Args:
-        backbone: a Detectron2 backbone, of which the coarsest feature maps are read, up to `num_levels` of them.
         transformer: see `DINOTransformer`; it holds the heads.
-        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of a feature map.
-        num_classes: K, classes of the dataset.
         denoising: "contrastive", "dn" (DN-DETR's, without negatives) or "none".
         denoising_pairs: pairs of a positive and a negative ("dn": positives) that an image gets, spread over as
             many groups as the batch's most crowded image allows, at least one.
@@ -87,12 +83,7 @@ class DINO(SetDetector):
         label_noise: a label is flipped with half this probability, as in the release.
         box_noise: lambda_2 of section 3.3, in half widths and heights; negatives lie up to twice as far.
         drop_inverted: leave out negatives whose noise has turned width or height negative.
-        aux_loss: train the sets of the earlier decoder layers too.
-        matcher: pairs predictions with ground truth.
-        criterion: the loss of matched pairs, of denoised ones and of proposals.
-        topk: detections per image.
-        pixel_mean: three means, in the channel order of the input.
-        pixel_std: three standard deviations.
+        **common: see `CommonArguments`.
 
     Attributes:
         generator: the random numbers of the noise, on the model's device; None takes torch's global ones.
@@ -102,34 +93,16 @@ class DINO(SetDetector):
     def __init__(
         self,
         *,
-        backbone: Backbone,
         transformer: DINOTransformer,
-        position_encoding: nn.Module,
-        num_classes: int,
         denoising: str,
         denoising_pairs: int,
         max_denoising_queries: int,
         label_noise: float,
         box_noise: float,
         drop_inverted: bool,
-        aux_loss: bool,
-        matcher: HungarianMatcher,
-        criterion: SetCriterion,
-        topk: int,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            num_classes=num_classes,
-            aux_loss=aux_loss,
-            matcher=matcher,
-            criterion=criterion,
-            select=best_pairs,
-            topk=topk,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-        )
+        super().__init__(select=best_pairs, **common)
         if denoising not in DENOISINGS:
             raise ValueError(f"MODEL.DINO.DENOISING is {denoising!r}; it may be one of {', '.join(DENOISINGS)}")
         if denoising_pairs < 1 or max_denoising_queries < 2:
@@ -142,10 +115,9 @@ class DINO(SetDetector):
                 f"MODEL.DINO.LABEL_NOISE is {label_noise} and must be from 0 to 2 (half of it is a probability), "
                 f"BOX_NOISE is {box_noise} and must be at least 0"
             )
-        shapes = backbone.output_shape()
+        shapes = self.backbone.output_shape()
         self.features = sorted(shapes, key=lambda name: shapes[name].stride)  # finest first
         self.transformer = transformer
-        self.position_encoding = position_encoding
         self.input_proj = LevelProjections(
             [shapes[name].channels for name in self.features],
             transformer.dim,
@@ -156,7 +128,7 @@ class DINO(SetDetector):
         self.class_embed = transformer.decoder.class_embed
         self.bbox_embed = transformer.decoder.bbox_embed
         # One row for each class; the release has one more, which nothing reads.
-        self.label_enc = None if denoising == "none" else nn.Embedding(num_classes + 1, transformer.dim)
+        self.label_enc = None if denoising == "none" else nn.Embedding(self.num_classes + 1, transformer.dim)
         self.denoising = denoising
         self.denoising_pairs = denoising_pairs
         self.max_denoising_queries = max_denoising_queries
@@ -164,17 +136,13 @@ class DINO(SetDetector):
         self.box_noise = box_noise
         self.drop_inverted = drop_inverted
         self.generator: torch.Generator | None = None
+        self.finish(DINO)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """The arguments of `__init__`, from Detectron2's configuration."""
         detr, dino = cfg.MODEL.DETR, cfg.MODEL.DINO
-        temperature = detr.SPATIAL_ENCODING.TEMPERATURE
-        arguments = common_arguments(
-            cfg,
-            class_cost=FocalClassCost(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
-            class_loss=FocalClassLoss(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
-        )
+        arguments = focal_arguments(cfg)
         return {
             **arguments,
             "transformer": DINOTransformer(
@@ -193,9 +161,6 @@ class DINO(SetDetector):
                 look_forward_twice=dino.LOOK_FORWARD_TWICE,
                 share_heads=dino.SHARE_HEADS,
                 ignore_padding=dino.IGNORE_PADDING,
-            ),
-            "position_encoding": SinePositionEncoding(
-                detr.HIDDEN_DIM, temperature_x=temperature, temperature_y=temperature
             ),
             "denoising": dino.DENOISING,
             "denoising_pairs": dino.DN_PAIRS,

@@ -14,26 +14,23 @@ are DAB-DETR's. Letters as in `detr_family.modeling.dab_detr`; R denoising queri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from detr_family.layers.boxes import inverse_sigmoid
-from detr_family.layers.position_encoding import SinePositionEncoding
-from detr_family.modeling.conditional_detr import PRIOR_BIAS
-from detr_family.modeling.criterion import FocalClassLoss, SetCriterion, mean_num_boxes
+from detr_family.modeling.conditional_detr import PRIOR_BIAS, focal_arguments
+from detr_family.modeling.criterion import SetCriterion, mean_num_boxes
 from detr_family.modeling.dab_detr import EPS, DABDecoder, DABEncoder, learned_anchors
 from detr_family.modeling.denoising import DenoisingGroups, DenoisingPrediction, denoising_groups, split_prediction
-from detr_family.modeling.matcher import FocalClassCost, HungarianMatcher
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import SetDetector, common_arguments
+from detr_family.modeling.set_detector import CommonArguments, SetDetector
 from detr_family.modeling.structures import SetPrediction, Targets
 
 
@@ -42,10 +39,7 @@ class DNDETR(SetDetector):
     """Backbone, transformer, prediction heads, and the denoising part of the training.
 
     Args:
-        backbone: a Detectron2 backbone, of which the coarsest feature map is read.
         transformer: see `DNTransformer`; its decoder holds the box head.
-        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of the feature map.
-        num_classes: K, classes of the dataset.
         num_queries: anchors; with P patterns the predicted set has P times as many boxes.
         fix_centres: as in `detr_family.modeling.dab_detr.DABDETR`.
         anchor_size: as there.
@@ -53,12 +47,7 @@ class DNDETR(SetDetector):
         max_denoising_queries: the most denoising queries of an image, at least one per group.
         label_noise: probability that a label is flipped.
         box_noise: lambda of the box noise, the largest shift in half boxes and the largest change of size.
-        aux_loss: train the sets of the earlier decoder layers too.
-        matcher: pairs predictions with ground truth.
-        criterion: the loss of matched pairs, and of denoised ones.
-        topk: detections per image.
-        pixel_mean: three means, in the channel order of the input.
-        pixel_std: three standard deviations.
+        **common: see `CommonArguments`.
 
     Attributes:
         generator: the random numbers of the noise, on the model's device; None takes torch's global ones.
@@ -70,10 +59,7 @@ class DNDETR(SetDetector):
     def __init__(
         self,
         *,
-        backbone: Backbone,
         transformer: DNTransformer,
-        position_encoding: nn.Module,
-        num_classes: int,
         num_queries: int,
         fix_centres: bool,
         anchor_size: float = 0.0,
@@ -81,24 +67,9 @@ class DNDETR(SetDetector):
         max_denoising_queries: int,
         label_noise: float,
         box_noise: float,
-        aux_loss: bool,
-        matcher: HungarianMatcher,
-        criterion: SetCriterion,
-        topk: int,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            num_classes=num_classes,
-            aux_loss=aux_loss,
-            matcher=matcher,
-            criterion=criterion,
-            select=best_pairs,
-            topk=topk,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-        )
+        super().__init__(select=best_pairs, **common)
         if num_queries < 1:
             raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
         if num_groups < 0 or max_denoising_queries < num_groups:
@@ -111,13 +82,12 @@ class DNDETR(SetDetector):
                 f"MODEL.DN.LABEL_NOISE {label_noise} must be in [0, 1], MODEL.DN.BOX_NOISE {box_noise} at least 0"
             )
         dim = transformer.dim
-        self.feature = list(backbone.output_shape())[-1]
+        self.feature = list(self.backbone.output_shape())[-1]
         self.transformer = transformer
-        self.position_encoding = position_encoding
-        self.input_proj = nn.Conv2d(backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
+        self.input_proj = nn.Conv2d(self.backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
         self.refpoint_embed = learned_anchors(num_queries, anchor_size)  # before the sigmoid
-        self.label_enc = nn.Embedding(num_classes + 1, dim - 1)  # the last row is "unknown"
-        self.class_embed = nn.Linear(dim, num_classes)
+        self.label_enc = nn.Embedding(self.num_classes + 1, dim - 1)  # the last row is "unknown"
+        self.class_embed = nn.Linear(dim, self.num_classes)
         nn.init.constant_(self.class_embed.bias, PRIOR_BIAS)
         self.bbox_embed = transformer.decoder.bbox_embed  # the same module: the release has both names
         # A buffer: weight decay would move a parameter that has no gradient.
@@ -128,18 +98,14 @@ class DNDETR(SetDetector):
         self.label_noise = label_noise
         self.box_noise = box_noise
         self.generator: torch.Generator | None = None
+        self.finish(DNDETR)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """The arguments of `__init__`, from Detectron2's configuration."""
         detr, dab, dn = cfg.MODEL.DETR, cfg.MODEL.DAB, cfg.MODEL.DN
-        temperature = detr.SPATIAL_ENCODING.TEMPERATURE
         return {
-            **common_arguments(
-                cfg,
-                class_cost=FocalClassCost(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
-                class_loss=FocalClassLoss(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
-            ),
+            **focal_arguments(cfg),
             "transformer": DNTransformer(
                 dim=detr.HIDDEN_DIM,
                 num_heads=detr.NUM_HEADS,
@@ -149,9 +115,6 @@ class DNDETR(SetDetector):
                 dropout=detr.DROPOUT,
                 num_patterns=dab.NUM_PATTERNS,
                 modulate=dab.MODULATE,
-            ),
-            "position_encoding": SinePositionEncoding(
-                detr.HIDDEN_DIM, temperature_x=temperature, temperature_y=temperature
             ),
             "num_queries": detr.NUM_QUERIES,
             "fix_centres": dab.FIX_CENTRES,

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from torch import nn
 
 
-def freeze(model: nn.Module, expressions: Sequence[str]) -> list[str]:
+def freeze(model: nn.Module, expressions: Sequence[str], *, all_match: bool = True) -> list[str]:
     """Freeze, in place, every parameter in whose name one of the expressions is found.
 
     Args:
         model: whose parameters are named as in its checkpoints, without `module.`.
         expressions: regular expressions, searched for anywhere in a name: `encoder` freezes all encoder layers,
             `^backbone\\.` the backbone, `layers\\.[01]\\.` the first two layers of encoder and decoder.
+        all_match: an expression that no name matches is a mistake; False while parameters are still to come.
 
     Returns:
         The names that were found, frozen before or not.
@@ -31,7 +32,7 @@ def freeze(model: nn.Module, expressions: Sequence[str]) -> list[str]:
             found = [name for name in parameters if re.search(expression, name)]
         except re.error as error:
             raise ValueError(f"MODEL.DETR.FREEZE has {expression!r}, no regular expression: {error}") from error
-        if not found:
+        if not found and all_match:
             raise ValueError(
                 f"MODEL.DETR.FREEZE has {expression!r}, which no parameter's name matches; "
                 f"similar: {', '.join(_similar(expression, list(parameters)))}"
@@ -46,6 +47,12 @@ def freeze(model: nn.Module, expressions: Sequence[str]) -> list[str]:
             list(expressions), len(frozen), count / 1e6,
         )  # fmt: skip
     return [name for name in parameters if name in frozen]
+
+
+def trained_though_matched(model: nn.Module, expressions: Sequence[str]) -> bool:
+    """Whether `freeze` would change anything, or complain about an expression that nothing matches."""
+    found = [[p for name, p in model.named_parameters() if re.search(x, name)] for x in expressions]
+    return any(not parameters or any(p.requires_grad for p in parameters) for parameters in found)
 
 
 def keep_frozen_statistics(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,47 +13,65 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
+from typing_extensions import NotRequired, TypedDict
 
 from detr_family.config import num_classes
 from detr_family.layers.checkpointing import backbone_blocks, checkpoint_activations
+from detr_family.layers.position_encoding import SinePositionEncoding
 from detr_family.modeling.criterion import ClassLoss, SetCriterion
-from detr_family.modeling.freezing import freeze, keep_frozen_statistics
+from detr_family.modeling.freezing import freeze, keep_frozen_statistics, trained_though_matched
 from detr_family.modeling.matcher import ClassCost, HungarianMatcher
 from detr_family.modeling.postprocessing import Selection, to_instances
 from detr_family.modeling.structures import SetPrediction, Targets
 
 
-class _SetDetectorType(type):
-    """Lets what concerns a whole detector, whichever it is, follow its construction from a configuration."""
+class CommonArguments(TypedDict):
+    """What every detector takes, beside what is its own: its constructor hands these on to `SetDetector`.
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        model = super().__call__(*args, **kwargs)
-        cfg = args[0] if args else kwargs.get("cfg")
-        if isinstance(cfg, CfgNode):
-            freeze(model, cfg.MODEL.DETR.FREEZE)
-            for part, layers in model.checkpointable_layers().items():
-                if cfg.MODEL.DETR.CHECKPOINT[part]:
-                    checkpoint_activations(layers)
-        return model
+    From a configuration they come from `common_arguments`; without one they are keyword arguments like any other.
 
-
-class SetDetector(nn.Module, metaclass=_SetDetectorType):
-    """Normalises and pads images, makes targets, and turns predicted sets into Detectron2's results.
-
-    A detector says how it predicts (`predict`); one that is trained with more than matched sets adds to `losses`.
-    One that is built from a configuration is frozen and checkpointed as MODEL.DETR.FREEZE and CHECKPOINT say; for
-    one that is not, see `detr_family.modeling.freezing.freeze` and `detr_family.layers.checkpointing`.
-
-    Args:
-        backbone: a Detectron2 backbone; the detectors read its coarsest feature map (DINO several).
-        num_classes: classes of the dataset, without no-object.
+    Attributes:
+        backbone: a Detectron2 backbone. Detectors of one feature map read its coarsest, deformable ones several.
+        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of a feature map.
+        num_classes: K, classes of the dataset, without no-object.
         aux_loss: train the sets of the earlier decoder layers too.
         matcher: pairs predictions with ground truth.
-        criterion: the loss of matched pairs.
-        select: (logits, boxes, topk) -> scores, classes, boxes: see `detr_family.modeling.postprocessing`.
-        topk: detections per image (TEST.DETECTIONS_PER_IMAGE).
+        criterion: the loss of matched pairs; where there are others, of denoised boxes and of proposals too.
+        topk: detections per image (TEST.DETECTIONS_PER_IMAGE), at most as many as the detector can make.
         pixel_mean: three means, in the channel order of the input.
         pixel_std: three standard deviations.
+        freeze: expressions for names of parameters that are not trained, see `detr_family.modeling.freezing.freeze`
+            (MODEL.DETR.FREEZE). Left out: none.
+        checkpoint: parts whose layers keep only their inputs for the backward pass, of BACKBONE, ENCODER, DECODER
+            (MODEL.DETR.CHECKPOINT). Left out: none.
+    """
+
+    backbone: Backbone
+    position_encoding: nn.Module
+    num_classes: int
+    aux_loss: bool
+    matcher: HungarianMatcher
+    criterion: SetCriterion
+    topk: int
+    pixel_mean: Sequence[float]
+    pixel_std: Sequence[float]
+    freeze: NotRequired[Sequence[str]]
+    checkpoint: NotRequired[Collection[str]]
+
+
+class SetDetector(nn.Module):
+    """Normalises and pads images, makes targets, and turns predicted sets into Detectron2's results.
+
+    A detector says how it predicts (`predict`); one that is trained with more than matched sets adds to `losses`. The
+    last line of its constructor is `self.finish(TheClass)`, which freezes and checkpoints what it was told to; without
+    it a detector that was told to refuses to run.
+
+    Args:
+        select: (logits, boxes, topk) -> scores, classes, boxes: see `detr_family.modeling.postprocessing`.
+        backbone, position_encoding, ..., checkpoint: see `CommonArguments`.
+
+    Raises:
+        ValueError: no class at all.
     """
 
     pixel_mean: Tensor
@@ -62,20 +80,24 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
     def __init__(
         self,
         *,
+        select: Selection,
         backbone: Backbone,
+        position_encoding: nn.Module,
         num_classes: int,
         aux_loss: bool,
         matcher: HungarianMatcher,
         criterion: SetCriterion,
-        select: Selection,
         topk: int,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        freeze: Sequence[str] = (),
+        checkpoint: Collection[str] = (),
     ) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"a detector needs at least one class, got {num_classes} (MODEL.DETR.NUM_CLASSES)")
         self.backbone = backbone
+        self.position_encoding = position_encoding
         self.num_classes = num_classes
         self.aux_loss = aux_loss
         self.matcher = matcher
@@ -84,6 +106,44 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
         self.topk = topk
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self._to_freeze = tuple(freeze)
+        self._to_checkpoint = tuple(checkpoint)
+        self._finished = False
+
+    def finish(self, of: type[SetDetector]) -> None:
+        """Freeze and checkpoint what the arguments `freeze` and `checkpoint` say: the last line of a constructor.
+
+        Args:
+            of: the class whose constructor it is. A subclass that adds parameters in a constructor of its own calls
+                `finish` with itself, again at the end.
+
+        Raises:
+            ValueError: an expression without a parameter, or a part that there is not.
+        """
+        self._finished = type(self).__init__ is of.__init__  # else a subclass's constructor is not through
+        freeze(self, self._to_freeze, all_match=self._finished)
+        if self._to_checkpoint:
+            layers = self.checkpointable_layers()
+            for part in self._to_checkpoint:
+                if part not in layers:
+                    raise ValueError(f"there is no part {part!r} to checkpoint; there are {', '.join(layers)}")
+                checkpoint_activations(layers[part])
+        self._to_checkpoint = ()
+
+    def _check_finished(self) -> None:
+        """Refuse to run with something trained, or kept in memory, that was not to be.
+
+        Raises:
+            TypeError: a constructor did not end with `finish`, and there was something to do.
+        """
+        if not self._finished:
+            if self._to_checkpoint or trained_though_matched(self, self._to_freeze):
+                name = type(self).__name__
+                raise TypeError(
+                    f"the constructor of {name} must end with self.finish({name}), which freezes and checkpoints what "
+                    "MODEL.DETR.FREEZE and CHECKPOINT say"
+                )
+            self._finished = True
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
         """The predicted sets of every decoder layer.
@@ -159,7 +219,12 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
 
         Returns:
             `ImageList` whose tensor is (B, C, H, W) float32.
+
+        Raises:
+            ValueError: an image without pixels or with another number of channels.
+            TypeError: the detector's constructor should have ended with `finish`.
         """
+        self._check_finished()
         images = []
         for x in batched_inputs:
             image = x["image"]
@@ -226,13 +291,28 @@ class SetDetector(nn.Module, metaclass=_SetDetectorType):
             raise ValueError(f"{name} has a box whose coordinates are not finite: {bad}; mend its annotation file")
 
 
-def common_arguments(
-    cfg: CfgNode, *, class_cost: ClassCost, class_loss: ClassLoss
-) -> dict[str, Any]:
-    """What every detector's `from_config` reads alike: the arguments of `SetDetector` but for `select`.
+def sine_encoding(cfg: CfgNode, *, offset: float = 0.0) -> SinePositionEncoding:
+    """The spatial encoding that MODEL.DETR.SPATIAL_ENCODING.TEMPERATURE says.
 
     Args:
         cfg: Detectron2's configuration with detr_family's keys.
+        offset: of the tokens' places, see `SinePositionEncoding`.
+    """
+    detr = cfg.MODEL.DETR
+    temperature = detr.SPATIAL_ENCODING.TEMPERATURE
+    return SinePositionEncoding(
+        detr.HIDDEN_DIM, temperature_x=temperature, temperature_y=temperature, offset=offset
+    )
+
+
+def common_arguments(
+    cfg: CfgNode, *, position_encoding: nn.Module, class_cost: ClassCost, class_loss: ClassLoss
+) -> CommonArguments:
+    """What every detector's `from_config` reads alike.
+
+    Args:
+        cfg: Detectron2's configuration with detr_family's keys.
+        position_encoding: the paper's, see `CommonArguments`.
         class_cost: the paper's class term of the matching.
         class_loss: the paper's class loss.
     """
@@ -240,6 +320,7 @@ def common_arguments(
     classes = num_classes(cfg)
     return {
         "backbone": build_backbone(cfg),
+        "position_encoding": position_encoding,
         "num_classes": classes,
         "aux_loss": detr.AUX_LOSS,
         "matcher": HungarianMatcher(
@@ -255,4 +336,6 @@ def common_arguments(
         "topk": cfg.TEST.DETECTIONS_PER_IMAGE,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
+        "freeze": detr.FREEZE,
+        "checkpoint": [part for part, wanted in detr.CHECKPOINT.items() if wanted],
     }

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.mlp import MLP
 from detr_family.layers.position_encoding import sine_of_coordinates
-from detr_family.modeling.criterion import SetCriterion
 from detr_family.modeling.dab_detr import EPS
 from detr_family.modeling.deformable import (
     DeformableDecoderLayer,
@@ -34,9 +33,8 @@ from detr_family.modeling.deformable import (
     init_transformer,
     level_position,
 )
-from detr_family.modeling.matcher import HungarianMatcher
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import SetDetector
+from detr_family.modeling.set_detector import CommonArguments, SetDetector
 from detr_family.modeling.structures import SetPrediction, Targets
 from projects.deformable.deformable_detr import (
     check_sizes,
@@ -54,66 +52,40 @@ class DABDeformableDETR(SetDetector):
     """Backbone, transformer, prediction heads.
 
     Args:
-        backbone: a Detectron2 backbone, of which the coarsest feature maps are read.
         transformer: see `DABDeformableTransformer`; its decoder refines anchors by the box heads.
         class_embed: class heads, one per decoder layer.
-        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of a feature map.
-        num_classes: K, classes of the dataset.
         num_queries: anchors; with P patterns the predicted set has P times as many boxes.
         num_patterns: P; 0 for none.
         ignore_padding: see `LevelProjections`.
-        aux_loss: train the sets of the earlier decoder layers too.
-        matcher: pairs predictions with ground truth.
-        criterion: the loss of matched pairs.
-        topk: detections per image.
-        pixel_mean: three means, in the channel order of the input.
-        pixel_std: three standard deviations.
+        **common: see `CommonArguments`.
     """
 
     @configurable
     def __init__(
         self,
         *,
-        backbone: Backbone,
         transformer: DABDeformableTransformer,
         class_embed: nn.ModuleList,
-        position_encoding: nn.Module,
-        num_classes: int,
         num_queries: int,
         num_patterns: int,
         ignore_padding: bool,
-        aux_loss: bool,
-        matcher: HungarianMatcher,
-        criterion: SetCriterion,
-        topk: int,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            num_classes=num_classes,
-            aux_loss=aux_loss,
-            matcher=matcher,
-            criterion=criterion,
-            select=best_pairs,
-            topk=topk,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-        )
+        super().__init__(select=best_pairs, **common)
         if num_queries < 1 or num_patterns < 0:
             raise ValueError(
                 f"MODEL.DETR.NUM_QUERIES {num_queries} must be at least 1, MODEL.DAB.NUM_PATTERNS {num_patterns} "
                 "at least 0"
             )
-        self.features = list(backbone.output_shape())
+        self.features = list(self.backbone.output_shape())
         self.transformer = transformer
         self.class_embed = class_embed
         self.bbox_embed = transformer.decoder.bbox_embed  # the same modules: the release has both names
-        self.position_encoding = position_encoding
-        self.input_proj = level_projections(backbone, transformer, ignore_padding=ignore_padding)
+        self.input_proj = level_projections(self.backbone, transformer, ignore_padding=ignore_padding)
         self.tgt_embed = nn.Embedding(num_queries, transformer.dim)
         self.refpoint_embed = nn.Embedding(num_queries, 4)  # anchors before the sigmoid
         self.patterns_embed = nn.Embedding(num_patterns, transformer.dim) if num_patterns else None
+        self.finish(DABDeformableDETR)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -25,12 +25,13 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.mlp import MLP
-from detr_family.layers.position_encoding import SinePositionEncoding, sine_of_coordinates
-from detr_family.modeling.conditional_detr import PRIOR_BIAS
-from detr_family.modeling.criterion import FocalClassLoss, SetCriterion
+from detr_family.layers.position_encoding import sine_of_coordinates
+from detr_family.modeling.conditional_detr import PRIOR_BIAS, focal_arguments
+from detr_family.modeling.criterion import SetCriterion
 from detr_family.modeling.deformable import (
     DeformableDecoderLayer,
     DeformableEncoder,
@@ -41,9 +42,8 @@ from detr_family.modeling.deformable import (
     init_transformer,
     level_position,
 )
-from detr_family.modeling.matcher import FocalClassCost, HungarianMatcher
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import SetDetector, common_arguments
+from detr_family.modeling.set_detector import CommonArguments, SetDetector, sine_encoding
 from detr_family.modeling.structures import SetPrediction, Targets
 
 EPS = 1e-5  # of inverse_sigmoid, in this paper's release
@@ -66,71 +66,45 @@ class DeformableDETR(SetDetector):
     """Backbone, transformer, prediction heads (figure 2).
 
     Args:
-        backbone: a Detectron2 backbone, of which the coarsest feature maps are read.
         transformer: see `DeformableTransformer`.
         class_embed: class heads, one name per decoder layer, and with two stages one more for the proposals.
         bbox_embed: box heads, as many.
-        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of a feature map.
-        num_classes: K, classes of the dataset.
         num_queries: Q.
         ignore_padding: see `LevelProjections`.
-        aux_loss: train the sets of the earlier decoder layers too.
-        matcher: pairs predictions with ground truth.
-        criterion: the loss of matched pairs.
-        topk: detections per image.
-        pixel_mean: three means, in the channel order of the input.
-        pixel_std: three standard deviations.
+        **common: see `CommonArguments`.
     """
 
     @configurable
     def __init__(
         self,
         *,
-        backbone: Backbone,
         transformer: DeformableTransformer,
         class_embed: nn.ModuleList,
         bbox_embed: nn.ModuleList,
-        position_encoding: nn.Module,
-        num_classes: int,
         num_queries: int,
         ignore_padding: bool,
-        aux_loss: bool,
-        matcher: HungarianMatcher,
-        criterion: SetCriterion,
-        topk: int,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            num_classes=num_classes,
-            aux_loss=aux_loss,
-            matcher=matcher,
-            criterion=criterion,
-            select=best_pairs,
-            topk=topk,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-        )
+        super().__init__(select=best_pairs, **common)
         if num_queries < 1:
             raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
-        self.features = list(backbone.output_shape())
+        self.features = list(self.backbone.output_shape())
         self.transformer = transformer
         self.class_embed = class_embed
         self.bbox_embed = bbox_embed
-        self.position_encoding = position_encoding
         self.num_queries = num_queries
-        self.input_proj = level_projections(backbone, transformer, ignore_padding=ignore_padding)
+        self.input_proj = level_projections(self.backbone, transformer, ignore_padding=ignore_padding)
         # Position and content of the object queries; with two stages both come from the proposals.
         self.query_embed = None if transformer.two_stage else nn.Embedding(num_queries, 2 * transformer.dim)
         # A proposal's label is K whatever its class, and the others are never right.
         self.proposal_criterion = SetCriterion(
-            class_loss=criterion.class_loss,
-            background=num_classes + 1,
-            weight_class=criterion.weight_class,
-            weight_l1=criterion.weight_l1,
-            weight_giou=criterion.weight_giou,
+            class_loss=self.criterion.class_loss,
+            background=self.num_classes + 1,
+            weight_class=self.criterion.weight_class,
+            weight_l1=self.criterion.weight_l1,
+            weight_giou=self.criterion.weight_giou,
         )
+        self.finish(DeformableDETR)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -209,17 +183,9 @@ class DeformableDETR(SetDetector):
 
 def deformable_arguments(cfg: CfgNode) -> dict[str, Any]:
     """What the three detectors of this project read alike from a configuration."""
-    detr = cfg.MODEL.DETR
-    temperature = detr.SPATIAL_ENCODING.TEMPERATURE
     return {
-        **common_arguments(
-            cfg,
-            class_cost=FocalClassCost(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
-            class_loss=FocalClassLoss(detr.FOCAL_ALPHA, detr.FOCAL_GAMMA),
-        ),
-        "position_encoding": SinePositionEncoding(
-            detr.HIDDEN_DIM, temperature_x=temperature, temperature_y=temperature, offset=-0.5
-        ),
+        **focal_arguments(cfg),
+        "position_encoding": sine_encoding(cfg, offset=-0.5),
         "ignore_padding": cfg.MODEL.DEFORMABLE.IGNORE_PADDING,
     }
 

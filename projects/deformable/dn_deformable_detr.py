@@ -12,25 +12,22 @@ Parameter names are the release's. Letters as in `projects.deformable.dab_deform
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from detr_family.modeling.criterion import SetCriterion
 from detr_family.modeling.dab_detr import EPS
 from detr_family.modeling.deformable import Levels, flatten_levels, level_position
 from detr_family.modeling.denoising import DenoisingGroups, DenoisingPrediction, denoising_groups, split_prediction
 from detr_family.modeling.dn_detr import denoised_losses, denoising_content
-from detr_family.modeling.matcher import HungarianMatcher
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import SetDetector
+from detr_family.modeling.set_detector import CommonArguments, SetDetector
 from detr_family.modeling.structures import SetPrediction, Targets
 from projects.deformable.dab_deformable_detr import DABDeformableTransformer, dab_arguments
 from projects.deformable.deformable_detr import level_projections, predict_layers
@@ -41,23 +38,15 @@ class DNDeformableDETR(SetDetector):
     """Backbone, transformer, prediction heads, and the denoising part of the training.
 
     Args:
-        backbone: a Detectron2 backbone, of which the coarsest feature maps are read.
         transformer: see `DABDeformableTransformer`; its decoder refines anchors by the box heads.
         class_embed: class heads, one per decoder layer.
-        position_encoding: (B, H, W) mask -> (B, H, W, D), for the tokens of a feature map.
-        num_classes: K, classes of the dataset.
         num_queries: Q, anchors.
         num_groups: denoising groups, each with every box of an image; 0 trains without denoising.
         max_denoising_queries: the most denoising queries of an image, at least one per group.
         label_noise: probability that a label is flipped.
         box_noise: lambda of the box noise, the largest shift in half boxes and the largest change of size.
         ignore_padding: see `LevelProjections`.
-        aux_loss: train the sets of the earlier decoder layers too.
-        matcher: pairs predictions with ground truth.
-        criterion: the loss of matched pairs, and of denoised ones.
-        topk: detections per image.
-        pixel_mean: three means, in the channel order of the input.
-        pixel_std: three standard deviations.
+        **common: see `CommonArguments`.
 
     Attributes:
         generator: the random numbers of the noise, on the model's device; None takes torch's global ones.
@@ -67,35 +56,17 @@ class DNDeformableDETR(SetDetector):
     def __init__(
         self,
         *,
-        backbone: Backbone,
         transformer: DABDeformableTransformer,
         class_embed: nn.ModuleList,
-        position_encoding: nn.Module,
-        num_classes: int,
         num_queries: int,
         num_groups: int,
         max_denoising_queries: int,
         label_noise: float,
         box_noise: float,
         ignore_padding: bool,
-        aux_loss: bool,
-        matcher: HungarianMatcher,
-        criterion: SetCriterion,
-        topk: int,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            num_classes=num_classes,
-            aux_loss=aux_loss,
-            matcher=matcher,
-            criterion=criterion,
-            select=best_pairs,
-            topk=topk,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-        )
+        super().__init__(select=best_pairs, **common)
         if num_queries < 1:
             raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
         if num_groups < 0 or max_denoising_queries < num_groups:
@@ -107,21 +78,21 @@ class DNDeformableDETR(SetDetector):
             raise ValueError(
                 f"MODEL.DN.LABEL_NOISE {label_noise} must be in [0, 1], MODEL.DN.BOX_NOISE {box_noise} at least 0"
             )
-        self.features = list(backbone.output_shape())
+        self.features = list(self.backbone.output_shape())
         self.transformer = transformer
         self.class_embed = class_embed
         self.bbox_embed = transformer.decoder.bbox_embed  # the same modules: the release has both names
-        self.position_encoding = position_encoding
-        self.input_proj = level_projections(backbone, transformer, ignore_padding=ignore_padding)
+        self.input_proj = level_projections(self.backbone, transformer, ignore_padding=ignore_padding)
         self.tgt_embed = nn.Embedding(num_queries, transformer.dim - 1)
         self.refpoint_embed = nn.Embedding(num_queries, 4)  # anchors before the sigmoid
         # One row for each class; the release has one more, which nothing reads.
-        self.label_enc = nn.Embedding(num_classes + 1, transformer.dim - 1)
+        self.label_enc = nn.Embedding(self.num_classes + 1, transformer.dim - 1)
         self.num_groups = num_groups
         self.max_denoising_queries = max_denoising_queries
         self.label_noise = label_noise
         self.box_noise = box_noise
         self.generator: torch.Generator | None = None
+        self.finish(DNDeformableDETR)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
