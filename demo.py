@@ -6,7 +6,7 @@ python demo.py --config-file output/cells/config.yaml --weights output/cells/mod
 
 import sys
 
-from detr_family.commands.demo import parser, run
+from detr_family.commands.demo import command
 
 if __name__ == "__main__":
-    sys.exit(run(parser().parse_args()))
+    sys.exit(command())

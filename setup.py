@@ -11,13 +11,22 @@ from setuptools import find_packages, setup
 sys.path.insert(0, str(Path(__file__).parent))  # pip runs this file without its folder on the path
 from build_ext import BuildExt, extensions
 
+CONFIGS = "detr_family.model_zoo.configs"
+
 setup(
     name="detr_family",
     version="0.1.0",
     description="DETR, Conditional DETR, DAB-DETR, DN-DETR, DINO as ordinary Detectron2 meta-architectures",
     license="Apache-2.0",
-    packages=find_packages(include=["detr_family", "detr_family.*"]),
-    package_data={"detr_family.layers": ["csrc/*"]},
+    # configs/ goes into the package as data; a checkout, or an installation in editable mode, uses the folder itself.
+    packages=[*find_packages(include=["detr_family", "detr_family.*"]), CONFIGS],
+    package_dir={CONFIGS: "configs"},
+    package_data={
+        "detr_family.layers": ["csrc/*"],
+        "detr_family.model_zoo": ["zoo.json"],
+        CONFIGS: ["*.yaml", "*/*.yaml"],
+    },
+    entry_points={"console_scripts": ["detr-family = detr_family.commands.main:main"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
@@ -34,6 +43,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3"],
         "parity": ["transformers>=4.40"],
+        "hub": ["huggingface_hub>=0.30"],  # for hf:// addresses
         "video": ["opencv-python-headless>=4.5"],  # for demo.py on videos
         "lint": ["ruff>=0.6", "mypy>=1.10"],
     },

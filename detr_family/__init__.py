@@ -10,7 +10,7 @@ except ImportError as error:
         "detr_family needs Detectron2, which is not here: python tools/install_detectron2.py (see docs/install.md)"
     ) from error
 
-from detr_family import modeling  # noqa: F401  (registers the detectors and backbones)
+from detr_family import model_zoo, modeling  # (registers the detectors and backbones)
 from detr_family.config import add_detr_family_config
 
-__all__ = ["add_detr_family_config"]
+__all__ = ["add_detr_family_config", "model_zoo", "modeling"]

@@ -30,10 +30,11 @@ FLOORS = [
     ["checkpoint"],
     ["data"],
     ["evaluation"],
-    ["inference", "visualization"],
+    ["inference", "visualization", "model_zoo"],
     ["engine", "benchmarks"],
     ["analysis"],
     ["commands"],
+    ["__main__"],
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 MODULES = {

@@ -6,9 +6,8 @@ python tools/check_dataset.py --config-file configs/my_cells.yaml
 """
 
 import sys
-from pathlib import Path
 
-from detr_family.commands.data_check import parser, run
+from detr_family.commands.data_check import command
 
 if __name__ == "__main__":
-    sys.exit(run(parser(Path(__file__).resolve().parent.parent / "configs" / "Base-DETR.yaml").parse_args()))
+    sys.exit(command())

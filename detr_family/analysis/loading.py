@@ -33,8 +33,6 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     Raises:
         FileNotFoundError, ValueError: see `detr_family.config.load_config` and `register_datasets`.
     """
-    if config_file and not os.path.isfile(config_file):
-        raise FileNotFoundError(f"there is no configuration {config_file!r}")
     cfg = load_config(config_file, opts)
     register_datasets(cfg)
     cfg.freeze()

@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from detr_family.config import find_config
 from detr_family.data.datasets.shapes import write_shapes
 from detr_family.visualization.draw import read_metrics
 
@@ -92,11 +93,12 @@ def read_spec(path: Path, config: str = "") -> Spec:
     rows = []
     for entry in data["rows"]:
         _known(entry, _ROW_KEYS, f"a row of {path}")
-        file = _config_of(path, entry, data, config)
+        try:
+            file = _config_of(path, entry, data, config)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: {error}") from error
         if "name" not in entry or file is None:
             raise ValueError(f"{path}: the row {entry} needs a name, and a config here or above")
-        if not file.is_file():
-            raise ValueError(f"{path}: there is no configuration {file}")
         rows.append(Row(str(entry["name"]), file, as_opts(entry.get("opts") or {}), entry.get("published")))
     names = [row.name for row in rows]
     if len({slug(name) for name in names}) < len(names):
@@ -111,11 +113,14 @@ def read_spec(path: Path, config: str = "") -> Spec:
 
 
 def _config_of(path: Path, entry: dict[str, Any], data: dict[str, Any], config: str) -> Path | None:
-    """The configuration of a row: its own, that of the command line, that of the list."""
+    """The configuration of a row: its own, that of the command line, that of the list; a file, or a name."""
     if "config" not in entry and config:
-        return Path(config).resolve()
+        return Path(find_config(config)).resolve()
     named = entry.get("config", data.get("config"))
-    return (path.parent / named).resolve() if named else None
+    if not named:
+        return None
+    beside = path.parent / named
+    return (beside if beside.is_file() else Path(find_config(named))).resolve()
 
 
 def _known(data: Any, keys: set[str], where: str) -> None:
@@ -200,15 +205,16 @@ def jobs_of(spec: Spec, output: Path, extra: Sequence[str] = (), seeds: Sequence
 
 
 def find_train_net(given: Path | None) -> Path:
-    """train_net.py: as given, or beside the package.
+    """The script that trains: as given, else train_net.py beside the package, else the package's own.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: the given one is not there.
     """
-    path = given or Path(__file__).resolve().parents[2] / "train_net.py"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: say with --train-net where train_net.py is")
-    return path
+    if given is not None and not given.is_file():
+        raise ValueError(f"{given} is missing: say with --train-net where train_net.py is")
+    package = Path(__file__).resolve().parents[1]
+    beside = package.parent / "train_net.py"
+    return given or (beside if beside.is_file() else package / "commands" / "train.py")
 
 
 def train(jobs: Sequence[Job], train_net: Path, num_gpus: int = 0, say: Callable[[str], None] = print) -> list[Job]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from detr_family.analysis import command_line, style
 from detr_family.analysis.loading import load_cfg, load_detector, title_of
 from detr_family.benchmarks.complexity import count_gflops, count_params
-from detr_family.benchmarks.published import MEAN_IMAGE, PUBLISHED
+from detr_family.model_zoo.published import MEAN_IMAGE, PUBLISHED
 from detr_family.modeling.set_detector import SetDetector
 
 COLUMNS = (

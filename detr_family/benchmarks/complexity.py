@@ -1,12 +1,12 @@
-"""Parameters and GFLOPs beside the published ones: python -m detr_family.benchmarks.complexity [config files]
+"""Parameters and GFLOPs beside the published ones: python -m detr_family.benchmarks.complexity [files or names]
 
 Counted by fvcore on a forward pass of the detector (backbone to boxes, as the papers count), one multiply-add as one
 FLOP. Added to what fvcore knows: scaled dot-product attention. Deformable attention is traced on its pure-torch path,
 whose sampling and weighting fvcore knows.
 
-Images have the size that the published figure is of, see `detr_family.benchmarks.published`, or that of --size.
+Images have the size that the published figure is of, see `detr_family.model_zoo.published`, or that of --size.
 
-Without config files: all in configs/ whose figures are published. A project's are counted with --import.
+Without any: all that come with the package and whose figures are published. A project's are counted with --import.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
 
-from detr_family.benchmarks.published import MEAN_IMAGE, PUBLISHED
-from detr_family.config import load_config
+from detr_family.config import config_names, load_config
 from detr_family.config.projects import add_import
+from detr_family.model_zoo.published import MEAN_IMAGE, PUBLISHED
 from detr_family.modeling.set_detector import SetDetector
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class Predict(nn.Module):
@@ -117,7 +115,8 @@ def main() -> None:
     add_import(parser)
     args = parser.parse_args()
     logging.getLogger("fvcore").setLevel(logging.ERROR)
-    files = args.config_files or [path for name in PUBLISHED if (path := CONFIGS / f"{name}.yaml").is_file()]
+    known = config_names()
+    files = args.config_files or [Path(name) for name in PUBLISHED if name in known]
     print("params in millions, GFLOPs in billions of multiply-adds, both beside the published ones")
     print(f"{'':32} {'params':>7} {'published':>9} {'%':>6} {'image':>9} {'GFLOPs':>9} {'published':>9} {'%':>6}")
     for path in files:

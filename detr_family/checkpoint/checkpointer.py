@@ -11,12 +11,14 @@ import pickle
 import re
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from detr_family.checkpoint.downloads import ZOO, is_address
 from detr_family.checkpoint.files import UNFINISHED, is_whole, load_pickle, load_torch, replacing
 from detr_family.checkpoint.releases import (
     CLASS_ROWS,
@@ -165,8 +167,8 @@ class DETRCheckpointer(DetectionCheckpointer):
         """Load a checkpoint; what was stored beside weights and checkpointables is returned.
 
         Args:
-            path: a file, an address that Detectron2 knows (`detectron2://`), or `torchvision://resnet50`;
-                empty loads nothing.
+            path: a file; an address (https://, hf://, torchvision://: see `detr_family.checkpoint.downloads`; or of
+                Detectron2's, detectron2://); or a name of `detr_family.model_zoo`. Empty loads nothing.
             args: passed on to Detectron2.
             kwargs: passed on to Detectron2.
 
@@ -174,7 +176,10 @@ class DETRCheckpointer(DetectionCheckpointer):
             FileNotFoundError: there is no such file, or it cannot be fetched.
             ValueError: the file is no checkpoint, or not one of this detector, or has other classes.
         """
-        self._path = path = os.fspath(path)
+        path = os.fspath(path)
+        if path and not is_address(path) and not os.path.splitext(path)[1] and not os.path.exists(path):
+            path = f"{ZOO}{path}"
+        self._path = path
         try:
             if path:
                 self._require_file(path)
@@ -187,8 +192,10 @@ class DETRCheckpointer(DetectionCheckpointer):
 
     def _require_file(self, path: str) -> None:
         try:
-            local = self.path_manager.get_local_path(path.split("?")[0])
-        except (OSError, ValueError) as error:
+            local = self.path_manager.get_local_path(urlparse(path)._replace(query="").geturl())
+        except FileNotFoundError:
+            raise
+        except OSError as error:
             raise FileNotFoundError(
                 f"{path} cannot be fetched ({error}): put the file on this machine and name it in MODEL.WEIGHTS"
             ) from error

@@ -1,4 +1,4 @@
-"""Files of weights: read without running code from them, written whole or not at all, found by torchvision's names."""
+"""Files of weights: read without running code from them, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 import torch
-from detectron2.utils.file_io import PathHandler, PathManager
-from torchvision.models import get_model_weights
+from detectron2.utils.file_io import PathManager
 
 UNFINISHED = ".unfinished"
 
@@ -87,22 +86,3 @@ def load_pickle(filename: str) -> dict[str, Any]:
     blobs = data.get("blobs", data)
     model = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
     return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-class TorchvisionHandler(PathHandler):
-    """`torchvision://resnet50`: the ImageNet weights (IMAGENET1K_V1, the papers') of a torchvision model."""
-
-    PREFIX = "torchvision://"
-
-    def _get_supported_prefixes(self) -> list[str]:
-        return [self.PREFIX]
-
-    def _get_local_path(self, path: str, **kwargs: Any) -> str:
-        weights = get_model_weights(path[len(self.PREFIX) :])["IMAGENET1K_V1"]
-        return PathManager.get_local_path(weights.url, **kwargs)
-
-    def _open(self, path: str, mode: str = "r", **kwargs: Any) -> Any:
-        return PathManager.open(self._get_local_path(path), mode, **kwargs)
-
-
-PathManager.register_handler(TorchvisionHandler(), allow_override=True)

@@ -175,7 +175,7 @@ def text_of(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parser(default_config: Path) -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """The command line of tools/check_dataset.py."""
     result = argparse.ArgumentParser(
         description="Checks COCO-format datasets and draws them as training will see them.",
@@ -184,7 +184,11 @@ def parser(default_config: Path) -> argparse.ArgumentParser:
     result.add_argument("--train", nargs=2, metavar=("JSON", "FOLDER"), help="annotation file and image folder")
     result.add_argument("--val", nargs=2, metavar=("JSON", "FOLDER"), help="the same of what is evaluated on")
     result.add_argument(
-        "--config-file", type=Path, default=default_config, help="whose DATASETS and augmentation are taken"
+        "--config-file",
+        default="Base-DETR",
+        metavar="FILE",
+        help="whose DATASETS and augmentation are taken: a file, or a name: dn_detr_r50",
+
     )
     result.add_argument("--no-pictures", dest="no_images", action="store_true", help="look at the annotations alone")
     result.add_argument("--sheet", type=Path, metavar="PNG", help="draw training images with their boxes, augmented")
@@ -199,7 +203,7 @@ def parser(default_config: Path) -> argparse.ArgumentParser:
 
 def config_of(args: argparse.Namespace) -> CfgNode:
     """The configuration that a command line asks to be checked."""
-    cfg = load_config(str(args.config_file), ["MODEL.DEVICE", "cpu", *args.opts])
+    cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
     given = {"TRAIN": args.train, "TEST": args.val}
     if args.train or args.val:
         for key, entry in given.items():
@@ -208,6 +212,11 @@ def config_of(args: argparse.Namespace) -> CfgNode:
             if entry:
                 cfg.DATASETS.COCO_FORMAT = [*cfg.DATASETS.COCO_FORMAT, [name, *entry]]
     return cfg
+
+
+def command(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and do what it says; returns the exit status."""
+    return run(parser().parse_args(arguments))
 
 
 def run(args: argparse.Namespace) -> int:

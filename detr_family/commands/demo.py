@@ -225,9 +225,13 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0, 1 where something could not be read (the rest was done), 2 where nothing was done.",
     )
     result.add_argument(
-        "--config-file", required=True, metavar="FILE", help="one of configs/, or the config.yaml of a training"
+        "--config-file", required=True, metavar="FILE", help="the config.yaml of a training, or a name: dn_detr_r50"
     )
-    result.add_argument("--weights", metavar="FILE", help="the checkpoint; by default MODEL.WEIGHTS of the config")
+    result.add_argument("--weights",
+        metavar="FILE",
+        help="the checkpoint: a file, an address (https://, hf://owner/model) or a name of the model zoo; by default "
+        "MODEL.WEIGHTS of the config",
+    )
     result.add_argument("--input", required=True, nargs="+", metavar="PATH", help="images, folders, globs, videos")
     result.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for what is written")
     result.add_argument(
@@ -237,6 +241,11 @@ def parser() -> argparse.ArgumentParser:
     add_import(result)
     result.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs of the configuration")
     return result
+
+
+def command(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and do what it says; returns the exit status."""
+    return run(parser().parse_args(arguments))
 
 
 def run(args: argparse.Namespace, progress: bool = True) -> int:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
-from detectron2.utils.file_io import PathManager
 from yaml import YAMLError
 
 from detr_family.config.defaults import add_detr_family_config
+from detr_family.config.files import find_config, similar
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -24,11 +22,12 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     Where MODEL.DEVICE asks for CUDA and there is none it becomes "cpu", with a warning.
 
     Args:
-        config_file: a YAML file; empty for the defaults alone.
+        config_file: a YAML file, or the name of one that comes with the package (`dn_detr_r50`, see
+            `detr_family.config.files`); empty for the defaults alone.
         opts: keys and values in turn, as on a command line. A whole number is taken where a key is a float.
 
     Raises:
-        FileNotFoundError: there is no such file; similar ones in its folder are named.
+        FileNotFoundError: there is no such file or name; similar ones are named.
         ValueError: a file that is no YAML, a key that does not exist (similar ones are named), a value of the wrong
             type, a key without a value, a detector or backbone that is not registered.
     """
@@ -36,10 +35,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     add_detr_family_config(cfg)
     try:
         if config_file:
-            if not PathManager.isfile(config_file):
-                hint = _similar(config_file, _configs(config_file))
-                raise FileNotFoundError(f"there is no config file {config_file!r}{hint}")
-            cfg.merge_from_file(config_file)
+            cfg.merge_from_file(find_config(config_file))
         if len(opts) % 2:
             raise ValueError(f"{opts[-1]!r} on the command line has no value: give KEY VALUE pairs")
         for key, value in zip(opts[::2], opts[1::2], strict=True):
@@ -47,28 +43,17 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     except (KeyError, AssertionError) as error:  # yacs says which key, and asserts on those of opts
         text = str(error.args[0]) if error.args else str(error)
         wrong = text.rsplit(": ", 1)[-1] if "key" in text.lower() else text
-        raise ValueError(f"{text}{_similar(wrong, _keys(cfg))}") from error
+        raise ValueError(f"{text}{similar(wrong, _keys(cfg))}") from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the config file {config_file} is no YAML: {' '.join(str(error).split())}") from error
     for key, registry in (("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY), ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY)):
         name, known = _value(cfg, key), [name for name, _ in registry]
         if name not in known:
-            raise ValueError(f"{key} is {name!r}, which is not registered{_similar(str(name), known)}")
+            raise ValueError(f"{key} is {name!r}, which is not registered{similar(str(name), known)}")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No CUDA device is to be had: MODEL.DEVICE is cpu.")
         cfg.MODEL.DEVICE = "cpu"
     return cfg
-
-
-def _similar(wrong: str, known: Iterable[str]) -> str:
-    """A hint for the end of a message, or nothing."""
-    similar = difflib.get_close_matches(wrong, list(known), n=3)
-    return f"; similar: {', '.join(similar)}" if similar else ""
-
-
-def _configs(path: str) -> list[str]:
-    """The config files in the folder of one that is not there."""
-    return [str(other) for other in Path(path).parent.glob("*.y*ml")]
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

@@ -106,7 +106,7 @@ def test_generated_images(spec: Path) -> None:
     [
         ("seeds:", "seed:", r"has \['seed'\]; known are config, opts, rows, seeds, shapes"),
         ("seeds: [0, 2]", "seeds: 3", "seeds is 3; a list of whole numbers"),
-        ("small.yaml", "gone.yaml", "there is no configuration .*gone.yaml"),
+        ("small.yaml", "gone.yaml", "there is no config file 'gone.yaml'"),
         ('"more"', '"few"', "two rows have the same name"),
         ('name: "few", ', "", "needs a name, and a config"),
         ("rows:", "rows: []\nopts:", "has no rows"),

@@ -85,7 +85,7 @@ def test_what_cannot_be(work: Any) -> None:
 
 def test_loading_mistakes(work: Any) -> None:
     config = work.config("DETR")
-    with pytest.raises(SystemExit, match=r"there is no configuration 'none\.yaml'"):
+    with pytest.raises(SystemExit, match=r"there is no config file 'none\.yaml'"):
         main(["layers", "--config-file", "none.yaml"])
     with pytest.raises(SystemExit, match=r"MODEL\.WEIGHTS is empty"):
         main(["layers", "--config-file", config])

@@ -12,12 +12,13 @@ from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
 from detr_family.benchmarks import complexity
-from detr_family.benchmarks.complexity import CONFIGS, attention_flops, count_gflops, count_params
-from detr_family.benchmarks.published import PUBLISHED
+from detr_family.benchmarks.complexity import attention_flops, count_gflops, count_params
 from detr_family.config import load_config
 from detr_family.layers.deformable_attention import MSDeformAttn
+from detr_family.model_zoo.published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
 
 
 class Attend(nn.Module):

@@ -20,7 +20,6 @@ from detr_family.data.datasets.shapes import write_shapes
 from detr_family.visualization.draw import COLOURS
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "configs" / "detr_quickstart.yaml"
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def shapes(tmp_path: Path) -> list[str]:
 
 
 def status(*arguments: str) -> int:
-    return run(parser(CONFIG).parse_args(arguments))
+    return run(parser().parse_args(arguments))
 
 
 def test_a_clean_set_has_status_0_and_its_counts(shapes: list[str], capsys: pytest.CaptureFixture) -> None:
@@ -78,7 +77,7 @@ def test_nothing_to_check_is_said(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_the_sheet_shows_what_the_training_sees(shapes: list[str]) -> None:
-    args = parser(CONFIG).parse_args([*shapes, "INPUT.MIN_SIZE_TRAIN", "(96,)"])
+    args = parser().parse_args([*shapes, "INPUT.MIN_SIZE_TRAIN", "(96,)"])
     cfg = config_of(args)
     register_datasets(cfg)
     before = np.random.get_state()[1].tolist()
@@ -95,7 +94,7 @@ def test_the_sheet_shows_what_the_training_sees(shapes: list[str]) -> None:
 
 def test_a_damaged_image_has_its_place_on_the_sheet(coco_folder: Path) -> None:
     (coco_folder / "a.png").write_bytes(b"")
-    cfg = config_of(parser(CONFIG).parse_args(["--train", write(coco_folder), str(coco_folder)]))
+    cfg = config_of(parser().parse_args(["--train", write(coco_folder), str(coco_folder)]))
     register_datasets(cfg)
     sheet = draw_training_images(cfg, 9)
     assert (np.asarray(sheet) == 0xBB).all(-1).sum() > 50000

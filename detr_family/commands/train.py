@@ -1,0 +1,64 @@
+"""Training and evaluation as a command: what train_net.py and `detr-family train` run in every process."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from detr_family.checkpoint import DETRCheckpointer
+from detr_family.config import check_class_count, departures, find_config, load_config
+from detr_family.data.datasets.coco import register_datasets
+from detr_family.engine import Trainer
+from detr_family.engine.processes import argument_parser, launch
+from detr_family.engine.randomness import run_seed
+from detr_family.errors import mistakes
+
+_EXAMPLES = """Examples: detr-family train --config-file dn_detr_r50 --num-gpus 8
+          detr-family train --config-file detr_r50 --eval-only MODEL.WEIGHTS detr_r50"""
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The configuration of config file and command line, with its datasets registered."""
+    if args.config_file:
+        args.config_file = find_config(args.config_file)  # Detectron2 writes the file into the log
+    cfg = load_config(args.config_file, args.opts)
+    register_datasets(cfg)
+    cfg.SEED = run_seed(cfg.SEED)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_family")
+    departed = [] if args.eval_only else departures(cfg, args.config_file)
+    if departed:
+        logging.getLogger("detr_family").warning("Not the recipe of %s: %s", args.config_file, "; ".join(departed))
+    return cfg
+
+
+def main(args: argparse.Namespace) -> Any:
+    """What every process runs: evaluate or train; returns the last evaluation's results."""
+    with mistakes():
+        cfg = setup(args)
+        if args.eval_only:
+            check_class_count(cfg)
+            model = Trainer.build_model(cfg)
+            checkpointer = DETRCheckpointer(model, cfg.OUTPUT_DIR, whole=True, averaged=cfg.TEST.EMA)
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        else:
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+    return Trainer.test(cfg, model) if args.eval_only else trainer.train()
+
+
+def command(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run; a user's mistake ends the process with its message."""
+    launch(main, argument_parser(epilog=_EXAMPLES).parse_args(arguments))
+
+
+if __name__ == "__main__":
+    command()
