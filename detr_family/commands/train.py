@@ -34,7 +34,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_family")
-    departed = [] if args.eval_only else departures(cfg, args.config_file)
+    departed = [] if args.eval_only else departures(cfg, args.config_file, comm.get_world_size())
     if departed:
         logging.getLogger("detr_family").warning("Not the recipe of %s: %s", args.config_file, "; ".join(departed))
     return cfg

@@ -178,6 +178,10 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Parts that each process computes its share of SOLVER.IMS_PER_BATCH in, one after the other, for one step of the
     # optimizer: the recipe's batch on fewer or smaller GPUs. Losses and gradients are those of the whole batch.
     cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # The most images that a process puts through the model at once in training; a larger share of
+    # SOLVER.IMS_PER_BATCH is computed in more parts, as by ACCUMULATION_STEPS. 0: no limit. It decides how images are
+    # padded and, in DINO, how many denoising groups there are; the recipes have what their releases were trained with.
+    cfg.SOLVER.IMAGES_PER_FORWARD = 0
     # What SOLVER.AMP.ENABLED computes in: "float16", with a scaled loss, or "bfloat16". Boxes, matching and losses
     # are float32 either way.
     cfg.SOLVER.AMP.PRECISION = "float16"
@@ -197,6 +201,10 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # many iterations predictions are drawn beside ground truth, in TensorBoard and OUTPUT_DIR/vis.)
     cfg.VIS_REPORT = True
 
+    # How the sides of a resized image become whole pixels, in training, evaluation and prediction alike: "detectron2"
+    # rounds both; "detr", as the papers' releases, cuts off the longer side's fraction and rounds the shorter side
+    # where MAX_SIZE limits the longer.
+    cfg.INPUT.RESIZE_ROUNDING = "detectron2"
     # Shorter sides that an image is resized to before it is cropped, pixels (DETR, section A.4).
     cfg.INPUT.CROP.RESIZE = [400, 500, 600]
 

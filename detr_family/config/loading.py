@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from yaml import YAMLError
 
+from detr_family.config.batch import images_per_forward
 from detr_family.config.defaults import add_detr_family_config
 from detr_family.config.files import find_config, similar
 
@@ -141,22 +142,35 @@ def check_class_count(cfg: CfgNode) -> None:
         )
 
 
-def departures(cfg: CfgNode, config_file: str) -> list[str]:
+def departures(cfg: CfgNode, config_file: str, processes: int = 1) -> list[str]:
     """Where a configuration's SOLVER is not that of its config file, the recipe: "KEY is ... (recipe: ...)" each.
 
-    What a recipe leaves open is no departure: how its batch is split (ACCUMULATION_STEPS), averaging, precision, and
-    what to do with checkpoints.
+    What a recipe leaves open is no departure: how its batch is split, as long as one forward sees as many images as the
+    recipe says (IMAGES_PER_FORWARD), averaging, precision, and what to do with checkpoints.
+
+    Args:
+        cfg: of the run.
+        config_file: the recipe; empty where there is none.
+        processes: of the whole run.
     """
     recipe = load_config(config_file) if config_file else None
     if recipe is None:
         return []
-    free = ("SOLVER.ACCUMULATION_STEPS", "SOLVER.EMA", "SOLVER.AMP", "SOLVER.CHECKPOINT", "SOLVER.NONFINITE")
+    free = ("SOLVER.ACCUMULATION_STEPS", "SOLVER.IMAGES_PER_FORWARD", "SOLVER.EMA", "SOLVER.AMP", "SOLVER.CHECKPOINT")
+    free += ("SOLVER.NONFINITE",)
     found = []
     for key in _keys(cfg):
         if key.startswith("SOLVER.") and not key.startswith(free):
             ours, theirs = (_value(node, key) for node in (cfg, recipe))
             if ours != theirs:
                 found.append(f"{key} is {ours} (recipe: {theirs})")
+    most = recipe.SOLVER.IMAGES_PER_FORWARD
+    try:
+        images = images_per_forward(cfg, processes)
+    except ValueError:  # told where the training is prepared
+        return found
+    if most and images != most:
+        found.append(f"images in one forward of a process are {images} (recipe: {most})")
     return found
 
 

@@ -7,7 +7,9 @@ same in distribution, as where the crop lies is as likely left as right.
 """
 
 import copy
+import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from detr_family.data.images import ImageError, check_depth, unreadable
@@ -29,15 +32,60 @@ _LONGEST_BEFORE_CROP = 16
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's, for images of any shape: none comes out with a side of 0 pixels."""
+    """Detectron2's, with the papers' rounding for choice, for images of any shape: no side becomes 0 pixels.
+
+    Args:
+        short_edge_length: sides to choose from, or the bounds of a range, pixels; 0 leaves an image as it is.
+        max_size: the most that the longer side may have.
+        sample_style: "choice" or "range".
+        interp: PIL's interpolation.
+        rounding: INPUT.RESIZE_ROUNDING, "detectron2" or "detr".
+
+    Raises:
+        ValueError: `rounding` is neither.
+    """
+
+    def __init__(
+        self,
+        short_edge_length: Sequence[int],
+        max_size: int = sys.maxsize,
+        sample_style: str = "range",
+        interp: int = Image.BILINEAR,
+        *,
+        rounding: str = "detectron2",
+    ) -> None:
+        super().__init__(short_edge_length, max_size, sample_style, interp)
+        if rounding not in ("detectron2", "detr"):
+            raise ValueError(f"INPUT.RESIZE_ROUNDING is {rounding!r}; it may be 'detectron2' or 'detr'")
+        self.rounding = rounding
+        self.size_of = released_shape if rounding == "detr" else self.get_output_shape
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         """The resizing of one image, (H, W) or (H, W, C)."""
-        transform = super().get_transform(image)
-        if isinstance(transform, T.ResizeTransform) and not (transform.new_h and transform.new_w):
-            height, width = max(transform.new_h, 1), max(transform.new_w, 1)
-            return T.ResizeTransform(transform.h, transform.w, height, width, transform.interp)
-        return transform
+        h, w = image.shape[:2]
+        if self.is_range:
+            size = int(np.random.randint(self.short_edge_length[0], self.short_edge_length[1] + 1))
+        else:
+            size = int(np.random.choice(self.short_edge_length))
+        if size == 0:
+            return T.NoOpTransform()
+        new_h, new_w = self.size_of(h, w, size, self.max_size)
+        return T.ResizeTransform(h, w, max(new_h, 1), max(new_w, 1), self.interp)
+
+
+def released_shape(h: int, w: int, size: int, max_size: int) -> tuple[int, int]:
+    """Height and width of a resized image as in the papers' releases, pixels.
+
+    The shorter side becomes `size`; where the longer would then be above `max_size`, the shorter becomes what
+    `max_size` allows, rounded. The longer side follows from the shorter, its fraction cut off, and so it may come out
+    above `max_size` by the rounding of the shorter.
+    """
+    shorter, longer = min(h, w), max(h, w)
+    if longer / shorter * size > max_size:
+        size = round(max_size * shorter / longer)
+    if shorter == size:
+        return h, w
+    return (int(size * h / w), size) if w < h else (size, int(size * w / h))
 
 
 class DETRDatasetMapper(DatasetMapper):
@@ -59,11 +107,14 @@ class DETRDatasetMapper(DatasetMapper):
             is_train: training augmentation and instances, or only the resizing to MIN_SIZE_TEST.
 
         Raises:
-            ValueError: INPUT.CROP.RESIZE is empty though INPUT.CROP.ENABLED.
+            ValueError: INPUT.CROP.RESIZE is empty though INPUT.CROP.ENABLED, or INPUT.RESIZE_ROUNDING is unknown.
         """
         arguments: dict[str, Any] = super().from_config(cfg, is_train)
+        rounding = cfg.INPUT.RESIZE_ROUNDING
         arguments["augmentations"] = [
-            ResizeShortestEdge(a.short_edge_length, a.max_size, "range" if a.is_range else "choice", a.interp)
+            ResizeShortestEdge(
+                a.short_edge_length, a.max_size, "range" if a.is_range else "choice", a.interp, rounding=rounding
+            )
             if type(a) is T.ResizeShortestEdge
             else a
             for a in arguments["augmentations"]
@@ -74,7 +125,8 @@ class DETRDatasetMapper(DatasetMapper):
             # Detectron2 puts its crop first and always applies it.
             crop = arguments["augmentations"][0]
             sides = list(cfg.INPUT.CROP.RESIZE)
-            resize = ResizeShortestEdge(sides, _LONGEST_BEFORE_CROP * max(sides), sample_style="choice")
+            most = _LONGEST_BEFORE_CROP * max(sides)
+            resize = ResizeShortestEdge(sides, most, sample_style="choice", rounding=rounding)
             arguments["augmentations"][0] = T.RandomApply(T.AugmentationList([resize, crop]), _CROP_PROBABILITY)
         return arguments
 

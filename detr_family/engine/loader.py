@@ -14,6 +14,7 @@ from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from detr_family.config import images_per_forward
 from detr_family.engine.randomness import IMAGE, ORDER, seeded
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
@@ -28,7 +29,7 @@ class TrainLoader:
     its place in the order.
 
     Args:
-        cfg: reads SOLVER.IMS_PER_BATCH and ACCUMULATION_STEPS, DATALOADER and SEED.
+        cfg: reads SOLVER.IMS_PER_BATCH, ACCUMULATION_STEPS and IMAGES_PER_FORWARD, DATALOADER and SEED.
         dataset: Detectron2's dicts.
         mapper: what makes a dict the model's input.
 
@@ -44,7 +45,7 @@ class TrainLoader:
         self.mapper = mapper
         self.seed = max(cfg.SEED, 0)
         self.images = 0
-        self.batch_size = cfg.SOLVER.IMS_PER_BATCH // (comm.get_world_size() * cfg.SOLVER.ACCUMULATION_STEPS)
+        self.batch_size = images_per_forward(cfg, comm.get_world_size())
         self.sizes = None
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
             self.sizes = [(x["width"], x["height"]) for x in dataset]

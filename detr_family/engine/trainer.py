@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.config import check_class_count, class_names
+from detr_family.config import check_class_count, class_names, parts_of_step
 from detr_family.data.dataset_mapper import DETRDatasetMapper, build_test_loader
 from detr_family.data.datasets.coco import training_dicts
 from detr_family.engine.averaging import WeightAverage
@@ -59,7 +59,7 @@ class Trainer(DefaultTrainer):
         # for the dataset's size between the configuration and the schedule.
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        check_batch_size(cfg)
+        parts = parts_of_step(cfg, comm.get_world_size())
         check_class_count(cfg)
         dataset = training_dicts(cfg)
         self.cfg = cfg = iterations_from_epochs(cfg, len(dataset))
@@ -80,11 +80,13 @@ class Trainer(DefaultTrainer):
             clip_norm=cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE if clips_full_model(cfg) else None,
             amp=cfg.SOLVER.AMP.ENABLED,
             precision=cfg.SOLVER.AMP.PRECISION,
-            accumulation=cfg.SOLVER.ACCUMULATION_STEPS,
+            accumulation=parts,
             seed=self.seed,
             nonfinite=cfg.SOLVER.NONFINITE,
             output_dir=cfg.OUTPUT_DIR,
         )
+        if parts > 1:
+            _logger.info("Each process computes its share of a batch in %d parts of %d", parts, loader.batch_size)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
         self.checkpointer = DETRCheckpointer(
@@ -233,20 +235,6 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """The COCO evaluator, writing to OUTPUT_DIR/inference; see `evaluation.evaluator.inference_folder`."""
         return build_evaluator(cfg, dataset_name)
-
-
-def check_batch_size(cfg: CfgNode) -> None:
-    """Whether SOLVER.IMS_PER_BATCH can be split over processes and SOLVER.ACCUMULATION_STEPS.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    total, steps, world = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS, comm.get_world_size()
-    if steps < 1:
-        raise ValueError(f"SOLVER.ACCUMULATION_STEPS is {steps}; it must be at least 1")
-    if total < 1 or total % (world * steps):
-        parts = f", SOLVER.ACCUMULATION_STEPS {steps} times" if steps > 1 else ""
-        raise ValueError(f"SOLVER.IMS_PER_BATCH {total} cannot be split over {world} processes{parts}")
 
 
 def _recipe(cfg: CfgNode) -> dict[str, Any]:

@@ -110,6 +110,7 @@ class PredictionDrawer(HookBase):
                 input_format=self.cfg.INPUT.FORMAT,
                 min_size=self.cfg.INPUT.MIN_SIZE_TEST,
                 max_size=self.cfg.INPUT.MAX_SIZE_TEST,
+                resize_rounding=self.cfg.INPUT.RESIZE_ROUNDING,
             )
             predictions = list(predictor.stream([record["file_name"] for record in self.records]))
         truths = []

@@ -61,10 +61,11 @@ class Predictor:
         input_format: the channel order that the model was trained with (INPUT.FORMAT), "RGB" or "BGR".
         min_size: the shorter side that images are resized to, pixels (INPUT.MIN_SIZE_TEST); 0 leaves them.
         max_size: the most that the longer side may then have (INPUT.MAX_SIZE_TEST).
+        resize_rounding: how sides become whole pixels (INPUT.RESIZE_ROUNDING), "detr" or "detectron2".
         batch_size: images that go through the model together, at most.
 
     Raises:
-        ValueError: a batch size below 1, or a channel order that is neither.
+        ValueError: a batch size below 1, or a channel order or rounding that is neither.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Predictor:
         input_format: str = "RGB",
         min_size: int = 800,
         max_size: int = 1333,
+        resize_rounding: str = "detr",
         batch_size: int = 1,
     ) -> None:
         if batch_size < 1:
@@ -83,7 +85,7 @@ class Predictor:
         self.model = model.eval()
         self.class_names = None if class_names is None else list(class_names)
         self.input_format = input_format
-        self.resize = ResizeShortestEdge([min_size, min_size], max_size)
+        self.resize = ResizeShortestEdge([min_size, min_size], max_size, rounding=resize_rounding)
         self.batch_size = batch_size
 
     @classmethod
@@ -131,6 +133,7 @@ class Predictor:
             input_format=cfg.INPUT.FORMAT,
             min_size=cfg.INPUT.MIN_SIZE_TEST,
             max_size=cfg.INPUT.MAX_SIZE_TEST,
+            resize_rounding=cfg.INPUT.RESIZE_ROUNDING,
             batch_size=batch_size,
         )
 
