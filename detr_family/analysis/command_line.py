@@ -11,6 +11,7 @@ from pathlib import Path
 
 from detr_family.analysis.loading import datasets_for_now
 from detr_family.analysis.style import house_style
+from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 
 # The module of each has add_arguments(parser), run(args) -> files written, and a docstring that says what it is.
@@ -62,13 +63,13 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def add_opts(parser: argparse.ArgumentParser) -> None:
-    """KEY VALUE pairs, last on the command line."""
+    """KEY VALUE pairs."""
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="as on train_net.py's command line")
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line; the modules of its first option are imported while it is parsed."""
-    top = argparse.ArgumentParser(prog="python -m detr_family.analysis", description="The papers' tables and figures.")
+    top = OptionsParser(prog="python -m detr_family.analysis", description="The papers' tables and figures.")
     add_import(top)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:

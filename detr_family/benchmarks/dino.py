@@ -20,6 +20,7 @@ from torch import Tensor
 from detr_family.benchmarks.denoising import NUM_CLASSES, images, step_of
 from detr_family.benchmarks.measure import Run, time_on_cpu
 from detr_family.config import load_config
+from detr_family.config.options import OptionsParser
 from detr_family.layers import deformable_attention
 from detr_family.layers.deformable_attention import pure_torch_path
 from detr_family.modeling.set_detector import SetDetector
@@ -78,7 +79,7 @@ def on_path(run: Run, path: str, autocast: bool) -> Run:
 
 def main() -> None:
     """Parse the command line and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = OptionsParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config-file", required=True, help="of a detector with deformable attention")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), help="height and width in pixels")
     parser.add_argument("--boxes", type=int, default=7, help="in the image of a training step (7 is COCO's mean)")
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wall", action="store_true", help="wall-clock time in place of the process's CPU time")
-    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs of the configuration")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the configuration")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from tabulate import tabulate
 
 from detr_family.config import load_config
+from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.check import (
     DatasetPart,
@@ -177,7 +178,7 @@ def text_of(report: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of tools/check_dataset.py."""
-    result = argparse.ArgumentParser(
+    result = OptionsParser(
         description="Checks COCO-format datasets and draws them as training will see them.",
         epilog="Exit status: 0 nothing found (notes aside), 1 warnings, 2 errors or a wrong command line.",
     )

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from detr_family.checkpoint.releases import COCO_IDS
 from detr_family.config import load_config
+from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
 from detr_family.inference.predictor import ImageSource, Predictor
@@ -220,7 +221,7 @@ def run_video(
 
 def parser() -> argparse.ArgumentParser:
     """The command line of demo.py; its names are those of Detectron2's demo."""
-    result = argparse.ArgumentParser(
+    result = OptionsParser(
         description="Finds objects in images and videos, draws them, and writes COCO-format JSON.",
         epilog="Exit status: 0, 1 where something could not be read (the rest was done), 2 where nothing was done.",
     )

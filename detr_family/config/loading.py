@@ -156,8 +156,10 @@ def departures(cfg: CfgNode, config_file: str, processes: int = 1) -> list[str]:
     recipe = load_config(config_file) if config_file else None
     if recipe is None:
         return []
-    free = ("SOLVER.ACCUMULATION_STEPS", "SOLVER.IMAGES_PER_FORWARD", "SOLVER.EMA", "SOLVER.AMP", "SOLVER.CHECKPOINT")
-    free += ("SOLVER.NONFINITE",)
+    free = (
+        *("SOLVER.ACCUMULATION_STEPS", "SOLVER.IMAGES_PER_FORWARD"),
+        *("SOLVER.EMA", "SOLVER.AMP", "SOLVER.CHECKPOINT", "SOLVER.NONFINITE"),
+    )
     found = []
     for key in _keys(cfg):
         if key.startswith("SOLVER.") and not key.startswith(free):

@@ -50,7 +50,7 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         short_edge_length: Sequence[int],
         max_size: int = sys.maxsize,
         sample_style: str = "range",
-        interp: int = Image.BILINEAR,
+        interp: int = Image.Resampling.BILINEAR,
         *,
         rounding: str = "detectron2",
     ) -> None:

@@ -19,14 +19,21 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessException
 
+from detr_family.config.options import OptionsParser
 from detr_family.errors import UserError, message_of
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    """Detectron2's command line; it also bears the --local-rank that some launchers add to it."""
-    parser: argparse.ArgumentParser = default_argument_parser(epilog)
+    """Detectron2's command line, flags and KEY VALUE pairs in any order.
+
+    It also bears the --local-rank that some launchers add to it.
+    """
+    theirs = default_argument_parser(epilog)
+    parser = OptionsParser(
+        parents=[theirs], add_help=False, epilog=theirs.epilog, formatter_class=theirs.formatter_class
+    )
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 

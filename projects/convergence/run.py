@@ -20,13 +20,14 @@ from detr_family.analysis import convergence, matching, style
 from detr_family.analysis.command_line import whole_numbers
 from detr_family.analysis.curves import Run, draw_curves, read_runs
 from detr_family.analysis.runs import Job, find_train_net, jobs_of, read_spec, train
+from detr_family.config.options import OptionsParser
 
 HERE = Path(__file__).resolve().parent
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, train, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionsParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--spec", type=Path, default=HERE / "shapes.yaml", help="which runs (see detr_family.analysis.runs)"
     )
