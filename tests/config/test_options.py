@@ -39,18 +39,18 @@ def test_one_flag_last_as_the_pages_print_it(last: list[str]) -> None:
 @pytest.mark.parametrize(
     ("parser", "flags", "expected"),
     [
-        (lambda: data_check.parser(Path("c.yaml")), ["--train", "a.json", "images", "--no-pictures"],
+        (lambda: data_check.parser(), ["--train", "a.json", "images", "--no-pictures"],
          {"train": ["a.json", "images"], "no_images": True}),
         (lambda: demo.parser(), ["--config-file", "c.yaml", "--input", "a.jpg", "b.jpg", "--output", "out"],
          {"config_file": "c.yaml", "input": ["a.jpg", "b.jpg"], "output": Path("out")}),
-        (analysis.parser, ["--config-file", "c.yaml", "--output", "out", "--repeats", "2"],
-         {"config_file": "c.yaml", "output": Path("out"), "repeats": 2}),
+        (analysis.parser, ["--config-file", "c.yaml", "--output", "out", "--untrained"],
+         {"config_file": "c.yaml", "output": Path("out"), "untrained": True}),
     ],
     ids=["check_dataset", "demo", "analysis"],
 )  # fmt: skip
 def test_the_other_commands_too(parser: Parser, flags: list[str], expected: dict[str, object]) -> None:
     if parser is analysis.parser:
-        orders = [["summary", *PAIRS, *flags], ["summary", *PAIRS[:4], *flags, *PAIRS[4:]]]
+        orders = [["layers", *PAIRS, *flags], ["layers", *PAIRS[:4], *flags, *PAIRS[4:]]]
     else:
         opts = [] if "a.json" in flags else ["--opts"]
         orders = [[*opts, *PAIRS, *flags], [*flags, *opts, *PAIRS]]
