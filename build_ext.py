@@ -10,6 +10,7 @@ more slowly. FORCE_CUDA=1 makes a missing or failing CUDA toolkit an error. Othe
 TORCH_CUDA_ARCH_LIST (default 7.5;8.0;9.0+PTX), NVCC_FLAGS.
 """
 
+import logging
 import os
 import platform
 import shlex
@@ -122,7 +123,7 @@ def arch_flags(arches: list[str]) -> list[str]:
 
 def run(command: list[str], what: str) -> None:
     """Runs a compiler; its first error becomes the one line."""
-    print(" ".join(command))
+    logging.info(" ".join(command))
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     sys.stderr.write(result.stderr)
     if result.returncode:
@@ -138,19 +139,23 @@ class BuildExt(build_ext):
         """Replaces setuptools' own way."""
         kind = ext.name.rsplit("_", 1)[1]
         target = Path(self.get_ext_fullpath(ext.name))
+        kept = SOURCES.parent / target.name  # in the source tree: what an earlier build in place or editable one left
         newest = max(Path(name).stat().st_mtime for name in [*ext.sources, *ext.depends, __file__])
-        stamp = Path(self.build_temp, f"{ext.name}.command")
+        stamp = Path("build", f"{ext.name}.command")
         try:
-            command = self.command(kind, ext.sources[0], target)
-            fresh = target.exists() and target.stat().st_mtime > newest and not self.force
-            if fresh and stamp.exists() and stamp.read_text() == " ".join(command):
-                return
+            command = self.command(kind, ext.sources[0])
             target.parent.mkdir(parents=True, exist_ok=True)
+            fresh = kept.exists() and kept.stat().st_mtime > newest and not self.force
+            if fresh and stamp.exists() and stamp.read_text() == " ".join(command):
+                if target.resolve() != kept.resolve():
+                    shutil.copy2(kept, target)
+                return
+            kept.unlink(missing_ok=True)
             stamp.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            run(command, f"compiling {ext.sources[0]}")
+            run([*command, "-o", str(target)], f"compiling {ext.sources[0]}")
             stamp.write_text(" ".join(command))
         except (Missing, OSError) as error:
+            kept.unlink(missing_ok=True)  # so that none of older sources stays
             if kind == "cuda" and os.environ.get("FORCE_CUDA", "0") not in ("", "0"):
                 raise RuntimeError(f"FORCE_CUDA is set, but: {error}") from error
             slower = "CPU" if kind == "cpu" else "CUDA"
@@ -159,8 +164,8 @@ class BuildExt(build_ext):
                 file=sys.stderr,
             )
 
-    def command(self, kind: str, source: str, target: Path) -> list[str]:
-        """The one command that makes a library."""
+    def command(self, kind: str, source: str) -> list[str]:
+        """The one command that makes a library, but for where to."""
         compile_flags, link_flags = torch_flags()
         if kind == "cpu":
             flags = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden"]
@@ -173,7 +178,7 @@ class BuildExt(build_ext):
             ]
             if sys.platform == "darwin":
                 flags += ["-undefined", "dynamic_lookup"]
-            return [*find_compiler(), *flags, *compile_flags, source, *link_flags, "-o", str(target)]
+            return [*find_compiler(), *flags, *compile_flags, source, *link_flags]
         if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
             raise Missing(f"there is no CUDA for {sys.platform} on {platform.machine()}")
         arches = cuda_arches()
@@ -184,4 +189,4 @@ class BuildExt(build_ext):
             *shlex.split(os.environ.get("NVCC_FLAGS", "")),
         ]
         links = [flag.replace("-Wl,", "-Xlinker=") for flag in link_flags]
-        return [find_nvcc(), *flags, *compile_flags, source, *links, "-o", str(target)]
+        return [find_nvcc(), *flags, *compile_flags, source, *links]
