@@ -1,6 +1,7 @@
 #!/usr/bin/env python
-"""Checks datasets in COCO format, and draws them as training will see them.
+"""Checks datasets, and draws them as training will see them.
 
+python tools/check_dataset.py --data cells --sheet sheet.png
 python tools/check_dataset.py --train train.json images --val val.json images --sheet sheet.png
 python tools/check_dataset.py --config-file configs/my_cells.yaml
 """

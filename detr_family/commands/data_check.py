@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from detr_family.data.check import (
 )
 from detr_family.data.dataset_mapper import DETRDatasetMapper
 from detr_family.data.datasets.coco import check_class_names, register_datasets
+from detr_family.data.datasets.folder import apply_folder
 from detr_family.visualization.draw import contact_sheet, draw_boxes
 
 EXIT_STATUS = {"note": 0, "warning": 1, "error": 2}
@@ -52,9 +54,10 @@ def check_data(cfg: CfgNode, *, images: bool = True, workers: int = 4, progress:
         ValueError: no dataset is named, or an entry of DATASETS.COCO_FORMAT is malformed.
     """
     register_datasets(cfg)
-    names = [(name, True) for name in cfg.DATASETS.TRAIN] + [(name, False) for name in cfg.DATASETS.TEST]
+    names = [(name, True) for name in cfg.DATASETS.TRAIN]
+    names += [(name, False) for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.FINAL_TEST)]
     if not names:
-        raise ValueError("No dataset to check: name some in DATASETS.TRAIN and DATASETS.TEST, or use --train, --val.")
+        raise ValueError("No dataset to check: use --data, or --train and --val, or name some in DATASETS.TRAIN.")
     parts, findings = [], []
     for name, training in names:
         try:
@@ -179,9 +182,10 @@ def text_of(report: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line of tools/check_dataset.py."""
     result = OptionsParser(
-        description="Checks COCO-format datasets and draws them as training will see them.",
+        description="Checks datasets and draws them as training will see them.",
         epilog="Exit status: 0 nothing found (notes aside), 1 warnings, 2 errors or a wrong command line.",
     )
+    result.add_argument("--data", metavar="DIR", help="a dataset's folder: COCO, YOLO, Pascal VOC or CSV")
     result.add_argument("--train", nargs=2, metavar=("JSON", "FOLDER"), help="annotation file and image folder")
     result.add_argument("--val", nargs=2, metavar=("JSON", "FOLDER"), help="the same of what is evaluated on")
     result.add_argument(
@@ -205,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
 def config_of(args: argparse.Namespace) -> CfgNode:
     """The configuration that a command line asks to be checked."""
     cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+    cfg.DATASETS.FOLDER = args.data or cfg.DATASETS.FOLDER
     given = {"TRAIN": args.train, "TEST": args.val}
     if args.train or args.val:
         for key, entry in given.items():
@@ -222,8 +227,17 @@ def command(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Checks, prints and draws what the command line says; returns the exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(args, folder)
+
+
+def _run(args: argparse.Namespace, folder: str) -> int:
+    """`run`; a folder's annotations are written into `folder` where training writes them into OUTPUT_DIR."""
     try:
         cfg = config_of(args)
+        if cfg.DATASETS.FOLDER:
+            cfg.OUTPUT_DIR = folder
+            print("\n".join(apply_folder(cfg)), file=sys.stderr)
         report = check_data(cfg, images=not args.no_images, workers=args.workers)
         if args.json:
             content = {**report, "findings": [vars(finding) for finding in report["findings"]]}

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("detr_family.commands.train:command", "train or evaluate a detector (train_net.py)"),
     "demo": ("detr_family.commands.demo:command", "find objects in images and videos (demo.py)"),
     "check-dataset": ("detr_family.commands.data_check:command", "look at a dataset (tools/check_dataset.py)"),
+    "convert-dataset": ("detr_family.commands.convert_dataset:command", "any dataset as COCO files"),
     "zoo": ("detr_family.model_zoo.listing:main", "list configurations and published weights"),
     "analysis": ("detr_family.analysis.command_line:main", "the papers' tables and figures over a model and data"),
     "complexity": ("detr_family.benchmarks.complexity:main", "parameters and GFLOPs of configurations"),

@@ -29,11 +29,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if args.config_file:
         args.config_file = find_config(args.config_file)  # Detectron2 writes the file into the log
     cfg = load_config(args.config_file, args.opts)
+    cfg.DATASETS.FOLDER = args.data or cfg.DATASETS.FOLDER
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_family")
     register_datasets(cfg)
     cfg.SEED = run_seed(cfg.SEED)
     cfg.freeze()
     default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_family")
     departed = [] if args.eval_only else departures(cfg, args.config_file, comm.get_world_size())
     if departed:
         logging.getLogger("detr_family").warning("Not the recipe of %s: %s", args.config_file, "; ".join(departed))
@@ -52,7 +53,11 @@ def main(args: argparse.Namespace) -> Any:
         else:
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)
-    return Trainer.test(cfg, model) if args.eval_only else trainer.train()
+    if not args.eval_only:
+        return trainer.train()
+    results = Trainer.test(cfg, model)
+    Trainer.test_final(cfg, model)
+    return results
 
 
 def command(arguments: Sequence[str] | None = None) -> None:

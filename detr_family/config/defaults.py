@@ -211,5 +211,17 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Datasets in COCO format: a list of [name, annotation file, image folder]. The names can then be used
     # in DATASETS.TRAIN and DATASETS.TEST like Detectron2's own.
     cfg.DATASETS.COCO_FORMAT = []
+    # A folder in the format of COCO, YOLO, Pascal VOC or CSV, or its data.yaml, annotation or CSV file (--data of
+    # the commands): recognised when a run begins, and put into COCO_FORMAT, TRAIN, TEST and FINAL_TEST, over what these
+    # were. See docs/own_data.md.
+    cfg.DATASETS.FOLDER = ""
+    # "coco", "yolo", "voc" or "csv" for a FOLDER that has annotations in several formats.
+    cfg.DATASETS.FOLDER_FORMAT = ""
+    # Share of the training images that is kept apart for the validation where FOLDER has no split for it, and the seed
+    # of the choice.
+    cfg.DATASETS.VAL_SHARE = 0.2
+    cfg.DATASETS.VAL_SEED = 0
+    # Datasets that are evaluated once, at the end of a training or of --eval-only, after those in TEST.
+    cfg.DATASETS.FINAL_TEST = ()
 
     add_project_configs(cfg)

@@ -9,6 +9,8 @@ from PIL import Image
 
 from detr_family.errors import UserError
 
+_ORIENTATION_TAG = 0x0112
+
 
 class ImageError(UserError, ValueError):
     """An image that cannot be used; the message names the file and says what to do."""
@@ -55,6 +57,27 @@ def check_depth(path: str, remedy: str = "Restore the file.") -> None:
             f"{path} has more than 8 bits a channel (PIL mode {mode!r}). Convert the images to "
             "8 bits, with the scaling that suits them."
         )
+
+
+def shown_size(path: str, remedy: str = "Restore the file, or take it out of the folder.") -> tuple[int, int]:
+    """Width and height as the image is shown: turned by its EXIF orientation, as Detectron2 loads it.
+
+    Only the header is read.
+
+    Args:
+        path: the file.
+        remedy: what to tell the user to do where the header cannot be read.
+
+    Raises:
+        ImageError: the header cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
+    except Exception as error:  # whatever a damaged file makes the decoder raise
+        raise unreadable(path, error, remedy) from error
+    return (height, width) if turned else (width, height)
 
 
 def unreadable(path: str, error: Exception, remedy: str = "Restore the file.") -> ImageError:

@@ -26,7 +26,7 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    """Detectron2's command line, flags and KEY VALUE pairs in any order.
+    """Detectron2's command line and --data, flags and KEY VALUE pairs in any order.
 
     It also bears the --local-rank that some launchers add to it.
     """
@@ -34,6 +34,7 @@ def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
     parser = OptionsParser(
         parents=[theirs], add_help=False, epilog=theirs.epilog, formatter_class=theirs.formatter_class
     )
+    parser.add_argument("--data", metavar="DIR", help="a dataset's folder: COCO, YOLO, Pascal VOC, CSV")
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 

@@ -124,6 +124,23 @@ class Trainer(DefaultTrainer):
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "ema")
         return {"ema": self.test(cfg, self.average.model)}
 
+    def train(self) -> Any:
+        """All steps, then DATASETS.FINAL_TEST with the weights that they leave, averaged where there is an average."""
+        results = super().train()
+        self.test_final(self.cfg, self.model if self.average is None else self.average.model)
+        return results
+
+    @classmethod
+    def test_final(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluate on DATASETS.FINAL_TEST; files go into OUTPUT_DIR/test. Nothing happens where it is empty."""
+        if not cfg.DATASETS.FINAL_TEST:
+            return {}
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DATASETS.TEST, cfg.OUTPUT_DIR = cfg.DATASETS.FINAL_TEST, os.path.join(cfg.OUTPUT_DIR, "test")
+        _logger.info("The test split, once, at the end: %s", ", ".join(cfg.DATASETS.TEST))
+        return dict(cls.test(cfg, model))
+
     def run_step(self) -> None:
         """One step of all processes."""
         super().run_step()

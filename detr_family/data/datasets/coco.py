@@ -17,6 +17,7 @@ from detectron2.utils import comm
 
 from detr_family.data.check import DatasetPart, annotation_findings, read_part
 from detr_family.data.datasets.coco_json import CONFIG_KEY, printable, read_categories, read_coco_json
+from detr_family.data.datasets.folder import apply_folder
 
 _CHECKED_IMAGES = 20000
 _NAMED_EXAMPLES = 5
@@ -75,9 +76,13 @@ def register_coco_format(name: str, json_file: str, image_root: str) -> None:
 def register_datasets(cfg: CfgNode) -> None:
     """Registers every entry of `cfg.DATASETS.COCO_FORMAT`, a list of [name, json_file, image_root].
 
+    Before that, `cfg.DATASETS.FOLDER` is read into it, see `apply_folder`.
+
     Raises:
-        ValueError: an entry is not three strings, or its name is taken.
+        FileNotFoundError: DATASETS.FOLDER is not there.
+        ValueError: an entry is not three strings, its name is taken, or DATASETS.FOLDER is at fault.
     """
+    apply_folder(cfg)
     for entry in cfg.DATASETS.COCO_FORMAT:
         if not (
             isinstance(entry, (list, tuple))
@@ -112,8 +117,8 @@ def check_images(dicts: Sequence[dict[str, Any]], image_root: str | None = None)
         examples = ", ".join(missing[:_NAMED_EXAMPLES]) + (", ..." if len(missing) > _NAMED_EXAMPLES else "")
         raise ValueError(
             f"{len(missing)} of {len(names)} images looked for are missing from the image folder "
-            f"{image_root or os.path.dirname(missing[0])}: {examples}. Correct the folder in {CONFIG_KEY} "
-            "(for Detectron2's built-in datasets: the environment variable DETECTRON2_DATASETS)."
+            f"{image_root or os.path.dirname(missing[0])}: {examples}. Restore them or correct the folder in "
+            f"{CONFIG_KEY} (for Detectron2's built-in datasets: the environment variable DETECTRON2_DATASETS)."
         )
 
 
@@ -129,7 +134,10 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
             DATASETS.TRAIN, or between them and a set of DATASETS.TEST, so that results would be mislabelled.
     """
     if not cfg.DATASETS.TRAIN:
-        raise ValueError(f"DATASETS.TRAIN is empty. Name there what {CONFIG_KEY} or Detectron2 declares.")
+        raise ValueError(
+            f"DATASETS.TRAIN is empty. Name there what {CONFIG_KEY} or Detectron2 declares; a folder (DATASETS.FOLDER, "
+            "--data) needs a split for training."
+        )
     dicts: list[dict[str, Any]] = []
     parts: list[DatasetPart] = []
     for name in cfg.DATASETS.TRAIN:

@@ -18,7 +18,8 @@ from typing import Any
 
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import log_first_n
-from PIL import Image
+
+from detr_family.data.images import ImageError, shown_size
 
 CONFIG_KEY = "DATASETS.COCO_FORMAT"
 CLIPPED = "partly outside the image (kept, clipped to it)"
@@ -30,7 +31,6 @@ _LEAST_SIDE = 1e-3
 _MOST_PIXELS = 10**6
 # From this share of boxes that reach outside on, they are taken for two corners.
 _SHARE_OUTSIDE = 0.2
-_ORIENTATION_TAG = 0x0112
 _NAMED_EXAMPLES = 5
 
 
@@ -292,18 +292,14 @@ def _side(value: object) -> int:
 
 
 def _size_from_header(json_file: str, path: str) -> tuple[int, int]:
-    """Width and height as the image is shown: turned by its EXIF orientation, as Detectron2 loads it."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
-    except Exception as error:  # whatever a damaged file makes the decoder raise
+        return shown_size(path)
+    except ImageError as error:
         raise _fault(
             json_file,
-            f"the entry of {path} has no width and height, and the image cannot be read ({error})",
+            f"the entry of {path} has no width and height, and the image cannot be read ({error.__cause__})",
             f"Add the two numbers, or correct the image or its folder in {CONFIG_KEY}.",
         ) from error
-    return (height, width) if turned else (width, height)
 
 
 def check_box(value: object, width: int, height: int) -> tuple[list[float] | None, str | None]:
