@@ -262,7 +262,12 @@ class DETRCheckpointer(DetectionCheckpointer):
             raise ValueError(
                 f"{self._path} holds a backbone without a detector: name a detector's checkpoint in MODEL.WEIGHTS"
             )
-        incompatible = super()._load_model(checkpoint)
+        allowed = getattr(self.model, "allow_partial_weights", False)
+        self.model.allow_partial_weights = allowed or not self.strict  # what differs has been said above
+        try:
+            incompatible = super()._load_model(checkpoint)
+        finally:
+            self.model.allow_partial_weights = allowed
         if {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
             raise ValueError(f"no weight in {self._path} belongs to this model: correct MODEL.WEIGHTS")
         return incompatible

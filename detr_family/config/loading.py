@@ -89,7 +89,8 @@ def class_names(cfg: CfgNode) -> list[str] | None:
             errors.append(
                 ValueError(
                     f"dataset {name!r} is not registered: name it in DATASETS.COCO_FORMAT with its annotation file "
-                    "and image folder, or correct DATASETS.TRAIN / DATASETS.TEST"
+                    "and image folder, or correct DATASETS.TRAIN / DATASETS.TEST. (A trained detector without its "
+                    "datasets: detr_family.inference.Predictor.from_config)"
                 )
             )
             continue

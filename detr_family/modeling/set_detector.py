@@ -20,6 +20,7 @@ from detr_family.layers.checkpointing import backbone_blocks, checkpoint_activat
 from detr_family.layers.position_encoding import SinePositionEncoding
 from detr_family.modeling.criterion import ClassLoss, SetCriterion
 from detr_family.modeling.freezing import freeze, keep_frozen_statistics, trained_though_matched
+from detr_family.modeling.loading import refuse_half_a_checkpoint
 from detr_family.modeling.matcher import ClassCost, HungarianMatcher
 from detr_family.modeling.postprocessing import Selection, to_instances
 from detr_family.modeling.structures import SetPrediction, Targets
@@ -70,6 +71,10 @@ class SetDetector(nn.Module):
         select: (logits, boxes, topk) -> scores, classes, boxes: see `detr_family.modeling.postprocessing`.
         backbone, position_encoding, ..., checkpoint: see `CommonArguments`.
 
+    Attributes:
+        allow_partial_weights: let `load_state_dict(..., strict=False)` fill some of the detector only; see
+            `detr_family.modeling.loading`.
+
     Raises:
         ValueError: no class at all.
     """
@@ -106,6 +111,8 @@ class SetDetector(nn.Module):
         self.topk = topk
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.allow_partial_weights = False
+        self.register_load_state_dict_pre_hook(refuse_half_a_checkpoint)
         self._to_freeze = tuple(freeze)
         self._to_checkpoint = tuple(checkpoint)
         self._finished = False
