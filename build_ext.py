@@ -13,6 +13,7 @@ TORCH_CUDA_ARCH_LIST (default 7.5;8.0;9.0+PTX), NVCC_FLAGS.
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -105,8 +106,8 @@ def cuda_arches() -> list[str]:
     arches = named.replace(",", ";").replace(" ", ";").split(";")
     arches = [arch.strip() for arch in arches if arch.strip()]
     for arch in arches:
-        if not arch.removesuffix("+PTX").rstrip("a").replace(".", "", 1).isdigit():
-            raise Missing(f"TORCH_CUDA_ARCH_LIST={named}: {arch!r} is no architecture such as 9.0 or 9.0+PTX")
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            raise Missing(f"TORCH_CUDA_ARCH_LIST={named}: {arch!r} is no architecture such as 9.0, 10.0f or 9.0+PTX")
     return arches
 
 

@@ -121,7 +121,7 @@ def contestants(inputs: Inputs) -> dict[str, tuple[Forward, bool]]:
     try:
         from torch_ms_deform_attn import ms_deform_attn as peer
 
-        if inputs.value.dtype == torch.float32 and not inputs.value.is_cuda:
+        if inputs.value.dtype == torch.float32:
             found["torch-ms-deform-attn"] = (
                 lambda x: peer(x.value, x.shapes, x.starts, x.locations, x.weights),
                 False,
@@ -130,15 +130,14 @@ def contestants(inputs: Inputs) -> dict[str, tuple[Forward, bool]]:
         pass
     if inputs.value.is_cuda:
         try:
-            from deformops.registry import msda
+            from deformops.registry import Backend, msda  # 3.0; its wheel has no CUDA path
 
-            def deformops(backend: str) -> Forward:
-                return lambda x: msda(
-                    x.value, x.shapes, x.starts, x.locations, x.weights.to(x.value.dtype), backend=backend
-                )
-
-            for backend in ("triton", "cuda"):
-                found[f"deformops {backend}"] = (deformops(backend), False)
+            found["deformops triton"] = (
+                lambda x: msda(
+                    x.value, x.shapes, x.starts, x.locations, x.weights.to(x.value.dtype), backend=Backend.TRITON
+                ),
+                False,
+            )
         except ImportError:
             pass
     found["grid_sample, with softmax and locations"] = (grid_sample_from_offsets, True)

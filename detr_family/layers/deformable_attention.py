@@ -96,11 +96,31 @@ def _on_host(numbers: Any) -> Any:
 
 
 def _as_tensor(numbers: Any, device: torch.device) -> Tensor:
-    """(L, 2) or (L,) int64 on `device`."""
+    """(L, 2) or (L,) int64 on `device`.
+
+    A graph that is captured would copy again from host memory that is long gone by then: there the numbers travel
+    in the launches of fills. Otherwise pinned memory, so that the host need not wait.
+    """
+    on_host = not isinstance(numbers, Tensor) or numbers.device.type == "cpu"
+    if device.type == "cuda" and on_host and not torch.compiler.is_compiling():
+        rows = _rows(numbers.tolist() if isinstance(numbers, Tensor) else numbers)
+        if torch.cuda.is_current_stream_capturing():
+            return _filled(rows, device)
+        return torch.tensor(rows, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
     if not isinstance(numbers, Tensor):
-        rows = [list(item) if isinstance(item, Sequence) else item for item in numbers]
-        numbers = torch.tensor(rows, dtype=torch.int64)
+        numbers = torch.tensor(_rows(numbers), dtype=torch.int64)
     return numbers.to(device=device, dtype=torch.int64, non_blocking=True)
+
+
+def _rows(numbers: Any) -> list[Any]:
+    return [list(item) if isinstance(item, Sequence) else item for item in numbers]
+
+
+def _filled(rows: list[Any], device: torch.device) -> Tensor:
+    """The rows as a tensor that no copy from the host makes."""
+    flat = [number for row in rows for number in (row if isinstance(row, list) else [row])]
+    made = torch.stack([torch.full((), number, dtype=torch.int64, device=device) for number in flat])
+    return made.view(len(rows), -1) if isinstance(rows[0], list) else made
 
 
 def _as_shapes(spatial_shapes: Any) -> Shapes:

@@ -74,13 +74,13 @@ def library_file(kind: str) -> str | None:
     return None if handle is None else str(handle._name)
 
 
-def _text(kind: str, symbol: str) -> str:
+def _text(kind: str, symbol: str, *arguments: int) -> str:
     handle = _loaded[kind][0]
     if handle is None:
         return ""
     function = getattr(handle, symbol)
     function.restype = ctypes.c_char_p
-    return str(function().decode())
+    return str(function(*arguments).decode())
 
 
 def cpu_instructions() -> str:
@@ -93,19 +93,29 @@ def cuda_arches() -> list[str]:
     return [arch for arch in _text("cuda", "detr_family_cuda_arches").split(";") if arch]
 
 
+def cuda_problem(device_index: int) -> str:
+    """Why the CUDA library's kernels would not start on a device (a driver older than its CUDA, say); "" if they do."""
+    try:
+        problem = _text("cuda", "detr_family_cuda_problem", device_index)
+    except AttributeError:
+        return f"the cuda library is older than this code; run {REBUILD}"
+    return f"the cuda library {problem}" if problem else ""
+
+
 def arch_runs_on(arches: list[str], capability: tuple[int, int]) -> bool:
-    """Whether code built for `arches` runs on a device: same major and no newer minor, or PTX no newer."""
+    """Whether code built for `arches` runs on a device: same major and no newer minor, or PTX no newer.
+
+    9.0a runs on 9.0 only, 10.0f on its family (the same major) only, their PTX likewise.
+    """
     for arch in arches:
         number = arch.removesuffix("+PTX")
-        own = number.endswith("a")  # 9.0a runs on 9.0 only
-        major, minor = (int(part) for part in number.rstrip("a").split("."))
-        if own:
-            if (major, minor) == capability:
-                return True
-            continue
-        if major == capability[0] and minor <= capability[1]:
-            return True
-        if arch.endswith("+PTX") and (major, minor) <= capability:
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if number.endswith("a"):
+            runs = (major, minor) == capability
+        else:
+            runs = major == capability[0] and minor <= capability[1]
+            runs = runs or (arch.endswith("+PTX") and not number.endswith("f") and (major, minor) <= capability)
+        if runs:
             return True
     return False
 
@@ -132,6 +142,7 @@ def _missing_reason(device_type: str, device_index: int | None, dtype: torch.dty
                 f"the cuda library holds code for {', '.join(cuda_arches())}, the device is {wanted}; "
                 f"run TORCH_CUDA_ARCH_LIST={wanted} {REBUILD}"
             )
+        return cuda_problem(torch.cuda.current_device() if device_index is None else device_index)
     return ""
 
 

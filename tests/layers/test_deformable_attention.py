@@ -10,7 +10,9 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_family.layers import MSDeformAttn, ms_deform_attn
 from detr_family.layers import deformable_attention as module
@@ -28,6 +30,7 @@ needs_gpu = [
     pytest.mark.skipif(ops.library_file("cuda") is None, reason="the CUDA library is not built"),
 ]
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+NATIVE_DEVICES = [pytest.param("cpu", marks=needs_native), DEVICES[1]]  # a GPU's tests ask for the CUDA library alone
 
 
 def numbers(
@@ -102,13 +105,12 @@ def test_pure_torch_is_equation_3():
     torch.testing.assert_close(reference(*inputs), by_hand(*inputs))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", NATIVE_DEVICES)
 @pytest.mark.parametrize("channels", [3, 16, 20, 32, 64])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)],
 )
-@needs_native
 def test_equals_float64(device: str, channels: int, dtype: torch.dtype, tolerance: float):
     value, locations, weights = numbers(channels=channels)
     value = value.to(dtype)  # the 16-bit value itself is the input; coordinates stay wide
@@ -119,11 +121,10 @@ def test_equals_float64(device: str, channels: int, dtype: torch.dtype, toleranc
     close(results, expected, tolerance)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", NATIVE_DEVICES)
 @pytest.mark.parametrize("reference_dims", [2, 4])
 @pytest.mark.parametrize(("points", "channels"), [(5, 16), (4, 32), (23, 8)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@needs_native
 def test_fused_equals_float64(device, reference_dims, points, channels, dtype, tolerance):
     value, locations, logits = numbers(points=points, channels=channels)
     generator = torch.Generator().manual_seed(5)
@@ -322,9 +323,8 @@ def test_not_contiguous(device: str):
         torch.testing.assert_close(result, other)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", NATIVE_DEVICES)
 @pytest.mark.parametrize("fused", [False, True])
-@needs_native
 def test_opcheck(device: str, fused: bool):
     value, locations, weights = numbers(channels=8, dtype=torch.float32)
     middle = [torch.rand(2, 7, 3, 4)] if fused else []
@@ -341,8 +341,7 @@ def test_opcheck(device: str, fused: bool):
     torch.library.opcheck(backward, (grad, *arguments), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@needs_native
+@pytest.mark.parametrize("device", NATIVE_DEVICES)
 def test_autocast(device: str):
     value, locations, weights = (item.float().to(device) for item in numbers(channels=32))
     assert native(value, locations, weights).dtype == torch.float32
@@ -493,6 +492,68 @@ def test_bad_input_to_the_operator_itself():
         torch.ops.detr_family.ms_deform_attn_forward(value, shapes, torch.tensor([0, 99, 129]), locations, weights)
 
 
+OPERANDS = ["ms_deform_attn_backward", "ms_deform_attn_fused_backward"]
+
+
+def backward_operands(name: str) -> tuple[Tensor, ...]:
+    """grad_output and the operands of a backward operator."""
+    value, numbers_, weights = numbers(dtype=torch.float32, channels=32)
+    middle = [torch.rand(2, 7, 3, 4)] if "fused" in name else []
+    return torch.randn(2, 7, 128), value, torch.tensor(SHAPES), torch.tensor(STARTS), *middle, numbers_, weights
+
+
+@needs_native
+@pytest.mark.parametrize("name", OPERANDS)
+@pytest.mark.parametrize("shape", [(2, 7, 64), (2, 6, 128), (1, 7, 128), (2, 896), (2, 7, 128, 1)])
+def test_bad_gradient_to_the_operator_itself(name: str, shape: tuple[int, ...]):
+    _, *rest = backward_operands(name)
+    with pytest.raises(RuntimeError, match="the shape of grad_output does not fit"):
+        getattr(torch.ops.detr_family, name)(torch.randn(shape), *rest)
+
+
+@needs_native
+@pytest.mark.parametrize("name", OPERANDS)
+@pytest.mark.parametrize("index", [0, 2, -1])
+def test_operands_elsewhere_are_not_read(name: str, index: int):
+    """A gradient, sizes or weights without memory on the device; redispatch: the dispatcher would go with the other."""
+    operands = list(backward_operands(name))
+    operands[index] = operands[index].to("meta")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    with pytest.raises(RuntimeError, match="all tensors must be on the device of value"):
+        getattr(torch.ops.detr_family, name).default.redispatch(keys, *operands)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_sizes_reach_the_device_without_pageable_memory(capturing: bool, monkeypatch: pytest.MonkeyPatch):
+    """What a graph captures is launches alone: a copy would read, at each replay, memory that is gone."""
+    copies: list[str] = []
+    pinned: list[bool] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if any(name in str(function) for name in ("_to_copy", "copy_")) and args[0].device.type == "cpu":
+                copies.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    plain = torch.tensor
+
+    def tensor(*args, pin_memory: bool = False, **kwargs):  # there is no pinned memory without a driver
+        pinned.append(pin_memory)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    rows = plain(SHAPES)
+    for given in (SHAPES, STARTS, rows):
+        with FakeTensorMode(allow_non_fake_inputs=True), Watch():
+            made = module._as_tensor(given, torch.device("cuda"))
+        assert made.device.type == "cuda" and made.dtype == torch.int64
+        assert tuple(made.shape) == ((3,) if given is STARTS else (3, 2))
+    assert (copies == [] and pinned == []) if capturing else pinned == [True] * 3
+    assert module._filled([list(pair) for pair in SHAPES], torch.device("cpu")).tolist() == [list(p) for p in SHAPES]
+    assert module._filled(STARTS, torch.device("cpu")).tolist() == STARTS
+
+
 # ------------------------------------------------------------------------------------------------ the module
 def test_module_has_the_release_s_names_and_start():
     layer = MSDeformAttn(embed_dim=256, num_heads=8, num_levels=4, num_points=4)
@@ -614,6 +675,60 @@ def test_arches():
     assert not ops.arch_runs_on(["7.5", "8.0", "9.0"], (12, 0))
     assert not ops.arch_runs_on(["9.0"], (8, 0))
     assert not ops.arch_runs_on(["9.0a"], (10, 0)) and ops.arch_runs_on(["9.0a"], (9, 0))
+    assert not ops.arch_runs_on(["9.0a+PTX"], (10, 0))
+    assert ops.arch_runs_on(["10.0f"], (10, 0)) and ops.arch_runs_on(["10.0f"], (10, 3))
+    assert not ops.arch_runs_on(["10.3f"], (10, 0)) and not ops.arch_runs_on(["10.0f+PTX"], (12, 0))
+    assert ops.arch_runs_on(["12.0"], (12, 1)) and not ops.arch_runs_on(["12.0"], (10, 0))
+
+
+class Handle:
+    """A loaded CUDA library that says of itself what a test wants it to."""
+
+    def __init__(self, problem: str | None) -> None:
+        def arches() -> bytes:
+            return b"9.0"
+
+        def ask(device: int) -> bytes:
+            assert device == 3
+            return (problem or "").encode()
+
+        self.detr_family_cuda_arches = arches
+        if problem is not None:
+            self.detr_family_cuda_problem = ask
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        ("", ""),
+        ("was built by CUDA 13.0, the driver ...", "the cuda library was built by CUDA 13.0, the driver ..."),
+        (None, "the cuda library is older than this code; run pip install"),
+    ],
+)
+def test_a_library_that_would_not_start_is_not_chosen(problem, reason, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(ops._loaded, "cuda", (Handle(problem), ""))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    ops._missing_reason.cache_clear()
+    try:
+        assert ops.missing_reason("cuda", 3, torch.float32).startswith(reason)
+        assert bool(ops.missing_reason("cuda", 3, torch.float32)) == bool(reason)
+    finally:
+        ops._missing_reason.cache_clear()
+
+
+def test_tests_on_a_gpu_do_not_ask_for_the_cpu_s_library():
+    """Where there is no C++ compiler but a CUDA library, they are to run."""
+    found = 0
+    for name, function in globals().items():
+        marks = getattr(function, "pytestmark", [])
+        devices = [mark for mark in marks if mark.name == "parametrize" and mark.args[0] == "device"]
+        if not name.startswith("test_") or not devices:
+            continue
+        found += 1
+        assert needs_native.mark not in marks, name
+        on_gpu = next(item for item in devices[0].args[1] if not isinstance(item, str) and item.values == ("cuda",))
+        assert needs_native.mark not in on_gpu.marks, name
+    assert found >= 7
 
 
 def test_alert(monkeypatch: pytest.MonkeyPatch):
@@ -678,10 +793,21 @@ def test_grid_sample_convention():
 
 
 # ----------------------------------------------------------------------------------------------------- CUDA
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_deterministic_variant_and_alert_on_cuda():
-    value, locations, weights = (item.float().cuda() for item in numbers(queries=130, channels=32))
+@pytest.mark.parametrize("device", [DEVICES[1]])
+def test_a_graph_can_be_captured_with_sizes_as_lists(device: str):
+    inputs = [item.float().to(device) for item in numbers(channels=32)]
+    expected = native(*inputs)  # warms up
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = native(*inputs)
+    torch.empty(1 << 20).fill_(-1.0)
+    graph.replay()
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("device", [DEVICES[1]])
+def test_deterministic_variant_and_alert_on_cuda(device: str):
+    value, locations, weights = (item.float().to(device) for item in numbers(queries=130, channels=32))
 
     def function(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return ms_deform_attn(value, SHAPES, STARTS, locations, weights, deterministic=True)

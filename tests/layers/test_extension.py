@@ -81,6 +81,17 @@ def test_arch_list(monkeypatch: pytest.MonkeyPatch):
     ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a")
     assert build_ext.cuda_arches() == ["8.6", "9.0a"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0f;12.0+PTX")
+    assert build_ext.cuda_arches() == ["10.0f", "12.0+PTX"]
+    assert build_ext.arch_flags(build_ext.cuda_arches())[1::2] == [
+        "arch=compute_100f,code=sm_100f",
+        "arch=compute_120,code=sm_120",
+        "arch=compute_120,code=compute_120",
+    ]
+    for wrong in ("90", "9.0x", "9.0af", "9.0+ptx"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
+        with pytest.raises(build_ext.Missing, match="is no architecture"):
+            build_ext.cuda_arches()
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(build_ext.Missing, match="'Hopper' is no architecture"):
         build_ext.cuda_arches()

@@ -103,6 +103,23 @@ inline Operands check(const Tensor& value, const Tensor& shapes, const Tensor& s
   return in;
 }
 
+// The output's gradient: of its shape, in the type of the sums or any other, on the device of value.
+inline void check_grad_output(const Operands& in, const Tensor& grad_output) {
+  check_floating("grad_output", grad_output);
+  check_shape("grad_output", grad_output, {in.batch, in.queries, in.heads * in.channels});
+}
+
+// Where nothing is, nothing is read: every operand on the one device that the kernels run on.
+template <typename OnDevice>
+void check_devices(OnDevice on_device, const Tensor& value, const Tensor& shapes, const Tensor& starts,
+                   const std::optional<Tensor>& reference, const Tensor& numbers, const Tensor& weights,
+                   const Tensor* grad_output = nullptr) {
+  const bool same = on_device(value) && on_device(shapes) && on_device(starts) && on_device(numbers) &&
+                    on_device(weights) && (!reference.has_value() || on_device(*reference)) &&
+                    (grad_output == nullptr || on_device(*grad_output));
+  STD_TORCH_CHECK(same, "ms_deform_attn: all tensors must be on the device of value");
+}
+
 // On the CPU the levels can be read, and the value too is of the type that is computed with.
 inline Operands check_cpu(Operands in) {
   const int64_t* shapes = static_cast<const int64_t*>(in.shapes.data_ptr());

@@ -207,6 +207,13 @@ void run_backward(Problem<T>& problem) {
   }
 }
 
+Operands prepare(const Tensor& value, const Tensor& shapes, const Tensor& starts, const std::optional<Tensor>& reference,
+                 const Tensor& numbers, const Tensor& weights, const Tensor* grad_output = nullptr) {
+  check_devices([](const Tensor& tensor) { return tensor.is_cpu(); }, value, shapes, starts, reference, numbers, weights,
+                grad_output);
+  return check_cpu(check(value, shapes, starts, reference, numbers, weights));
+}
+
 Tensor forward(const Operands& in) {
   Tensor output = torch::stable::new_empty(in.value, {in.batch, in.queries, in.heads * in.channels});
   prepare_pages(output, in.compute == ScalarType::Double ? 8 : 4);
@@ -231,6 +238,7 @@ void backward_of(const Operands& in, const Tensor& grad_output, Gradients& out) 
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Operands& in, const Tensor& grad_output) {
+  check_grad_output(in, grad_output);
   Tensor grad = cast(as_contiguous(grad_output), in.compute);
   Gradients out{torch::stable::empty_like(in.value), torch::stable::empty_like(in.numbers),
                 torch::stable::empty_like(in.weights)};
@@ -245,23 +253,23 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Operands& in, const Tensor& gr
 }
 
 Tensor ms_deform_attn_forward(Tensor value, Tensor shapes, Tensor starts, Tensor locations, Tensor weights, bool) {
-  return forward(check_cpu(check(value, shapes, starts, std::nullopt, locations, weights)));
+  return forward(prepare(value, shapes, starts, std::nullopt, locations, weights));
 }
 
 std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor shapes,
                                                            Tensor starts, Tensor locations, Tensor weights, bool) {
-  return backward(check_cpu(check(value, shapes, starts, std::nullopt, locations, weights)), grad_output);
+  return backward(prepare(value, shapes, starts, std::nullopt, locations, weights, &grad_output), grad_output);
 }
 
 Tensor ms_deform_attn_fused_forward(Tensor value, Tensor shapes, Tensor starts, Tensor reference, Tensor offsets,
                                     Tensor logits, bool) {
-  return forward(check_cpu(check(value, shapes, starts, reference, offsets, logits)));
+  return forward(prepare(value, shapes, starts, reference, offsets, logits));
 }
 
 std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, Tensor shapes,
                                                                  Tensor starts, Tensor reference, Tensor offsets,
                                                                  Tensor logits, bool) {
-  return backward(check_cpu(check(value, shapes, starts, reference, offsets, logits)), grad_output);
+  return backward(prepare(value, shapes, starts, reference, offsets, logits, &grad_output), grad_output);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <string>
 #include <tuple>
 
 #include "checks.h"
@@ -19,6 +20,8 @@ namespace {
 
 constexpr int kExactChannels = 32;  // what all detectors of the family have; other numbers take the kernel for any
 constexpr int kChunk = 16;
+constexpr size_t kSharedAsOfRight = 48 << 10;
+constexpr size_t kSharedUnasked = 16 << 10;  // what no kernel's own arrays leave too little room for: no question asked
 
 cudaStream_t current_stream(const Tensor& tensor) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "ms_deform_attn: this torch was built without CUDA");
@@ -31,12 +34,28 @@ void check_launch(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "ms_deform_attn: ", cudaGetErrorString(error));
 }
 
+// A block has 48 KiB of shared memory unless more is asked for, and the kernel's own arrays are among them.
+template <typename Kernel>
+void allow_shared(Kernel kernel, size_t dynamic, const Params& params) {
+  cudaFuncAttributes attributes;
+  check_launch(cudaFuncGetAttributes(&attributes, kernel));
+  if (attributes.sharedSizeBytes + dynamic <= kSharedAsOfRight) return;
+  int device = 0, most = 0;
+  check_launch(cudaGetDevice(&device));
+  check_launch(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  STD_TORCH_CHECK(attributes.sharedSizeBytes + dynamic <= size_t(most), "ms_deform_attn: ", params.levels, " levels of ",
+                  params.points, " points need ", attributes.sharedSizeBytes + dynamic,
+                  " bytes of shared memory, this device has ", most, ": take fewer points");
+  check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(dynamic)));
+}
+
 template <typename Kernel>
 void launch(Kernel kernel, int queries, const Params& params, cudaStream_t stream) {
   const int64_t blocks = (params.queries + queries - 1) / queries;
   const int64_t heads = std::min<int64_t>(int64_t(params.batch) * params.heads, 65535);
   if (blocks == 0 || heads == 0) return;
   const size_t shared = sizeof(Level) * params.levels * params.points;
+  if (shared > kSharedUnasked) allow_shared(kernel, shared, params);
   kernel<<<dim3(unsigned(blocks), unsigned(heads)), kThreads, shared, stream>>>(params);
   check_launch(cudaGetLastError());
 }
@@ -113,15 +132,6 @@ Params describe(const Operands& in) {
   return params;
 }
 
-void check_devices(const Operands& in) {
-  const auto same = [&](const Tensor& tensor) {
-    return tensor.is_cuda() && tensor.get_device_index() == in.value.get_device_index();
-  };
-  STD_TORCH_CHECK(same(in.shapes) && same(in.starts) && same(in.numbers) && same(in.weights) &&
-                      (!in.reference.has_value() || same(*in.reference)),
-                  "ms_deform_attn: all tensors must be on the device of value");
-}
-
 Operands check_cuda(const Tensor& value, const Tensor& shapes, const Tensor& starts,
                     const std::optional<Tensor>& reference, const Tensor& numbers, const Tensor& weights, bool narrow) {
   Operands in = check(value, shapes, starts, reference, numbers, weights, narrow);
@@ -129,12 +139,18 @@ Operands check_cuda(const Tensor& value, const Tensor& shapes, const Tensor& sta
   if (in.value.element_size() == 2 && (in.channels != kExactChannels || (reference.has_value() && !narrow)))
     in.value = cast(in.value, in.compute);
   in.value = aligned(in.value);
-  check_devices(in);
   return in;
+}
+
+auto on_device_of(const Tensor& value) {
+  return [index = value.get_device_index()](const Tensor& tensor) {
+    return tensor.is_cuda() && tensor.get_device_index() == index;
+  };
 }
 
 Tensor forward(const Tensor& value, const Tensor& shapes, const Tensor& starts, const std::optional<Tensor>& reference,
                const Tensor& numbers, const Tensor& weights) {
+  check_devices(on_device_of(value), value, shapes, starts, reference, numbers, weights);
   const bool narrow = is_narrow(value, reference.has_value(), numbers, weights);
   torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const Operands in = check_cuda(value, shapes, starts, reference, numbers, weights, narrow);
@@ -168,9 +184,11 @@ void find_largest(const Tensor& tensor, unsigned* to, cudaStream_t stream) {
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& value, const Tensor& shapes,
                                             const Tensor& starts, const std::optional<Tensor>& reference,
                                             const Tensor& numbers, const Tensor& weights, bool deterministic) {
+  check_devices(on_device_of(value), value, shapes, starts, reference, numbers, weights, &grad_output);
   const bool narrow = is_narrow(value, reference.has_value(), numbers, weights);
   torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const Operands in = check_cuda(value, shapes, starts, reference, numbers, weights, narrow);
+  check_grad_output(in, grad_output);
   const Tensor grad = aligned(cast(as_contiguous(grad_output), in.value.scalar_type()));
   const cudaStream_t stream = current_stream(value);
   Params params = describe(in);
@@ -186,10 +204,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
     params.grad_value = grad_value.data_ptr();
     choose_type(Task::backward, in, params, stream);
   } else {
+    grad_value = torch::stable::new_zeros(in.value, shape, in.compute);
     Tensor sums = torch::stable::new_zeros(in.value, shape, ScalarType::Long);
     Tensor limits = torch::stable::new_zeros(in.value, {2}, ScalarType::Int);
     unsigned* limit = static_cast<unsigned*>(limits.data_ptr());
-    params.grad_value = sums.data_ptr();
+    params.grad_value = grad_value.data_ptr();
+    params.sums = static_cast<int64_t*>(sums.data_ptr());
     params.limits = limit;
     find_largest(grad, limit, stream);
     if (in.reference.has_value()) {  // a softmax gives no more than 1, whose bits these are
@@ -199,7 +219,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
       find_largest(in.weights, limit + 1, stream);
     }
     choose_type(Task::deterministic_backward, in, params, stream);
-    grad_value = torch::stable::new_empty(in.value, shape, in.compute);
     const int64_t count = grad_value.numel(), most = in.queries * in.levels * in.points;
     if (count > 0) {
       const unsigned blocks = unsigned(std::min<int64_t>((count + 1023) / 1024, 4096));
@@ -247,3 +266,32 @@ STABLE_TORCH_LIBRARY_IMPL(detr_family, CUDA, m) {
 }
 
 extern "C" DETR_EXPORT const char* detr_family_cuda_arches() { return DETR_FAMILY_ARCHES; }
+
+// Why kernels of this library would not start on a device, as the end of a sentence about it; "" where they do. It asks
+// without starting any, so that nothing is left behind: the runtime in here may be of a later CUDA than the driver.
+extern "C" DETR_EXPORT const char* detr_family_cuda_problem(int device) {
+  static thread_local std::string problem;
+  problem.clear();
+  const auto text = [](int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); };
+  int driver = 0, before = 0;
+  const cudaError_t asked = cudaDriverGetVersion(&driver);
+  if (asked == cudaSuccess && driver / 1000 < CUDART_VERSION / 1000) {  // within a major version any minor one serves
+    problem = "was built by CUDA " + text(CUDART_VERSION) + ", the driver serves no later than " + text(driver) +
+              ": update the driver, or build with a toolkit of CUDA " + text(driver) + " or earlier";
+    return problem.c_str();
+  }
+  cudaFuncAttributes attributes;
+  cudaError_t error = asked;
+  if (error == cudaSuccess) error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&attributes, detr_family::from_fixed_kernel<float>);
+    cudaSetDevice(before);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would be blamed for it
+    problem = std::string("does not start on this device: ") + cudaGetErrorString(error) + " (it was built by CUDA " +
+              text(CUDART_VERSION) + ", the driver serves " + text(driver) + ")";
+  }
+  return problem.c_str();
+}

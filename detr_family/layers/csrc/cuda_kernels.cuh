@@ -66,7 +66,7 @@ struct Lane<__nv_bfloat16, 8> {
     }
   }
   static __device__ __forceinline__ void store(__nv_bfloat16* to, const float (&from)[8]) {
-    __nv_bfloat162 pairs[4];
+    alignas(16) __nv_bfloat162 pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = __floats2bfloat162_rn(from[2 * i], from[2 * i + 1]);
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(pairs);
@@ -86,7 +86,7 @@ struct Lane<__half, 8> {
     }
   }
   static __device__ __forceinline__ void store(__half* to, const float (&from)[8]) {
-    __half2 pairs[4];
+    alignas(16) __half2 pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = __floats2half2_rn(from[2 * i], from[2 * i + 1]);
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(pairs);
@@ -116,23 +116,33 @@ __device__ __forceinline__ void add(T* to, const T (&by)[width]) {
   for (int i = 0; i < width; ++i) atomicAdd(to + i, by[i]);
 }
 
-// The deterministic variant: integers add up the same in any order. `unit` is the power of two of fixed_point_unit.
-template <typename T, int width>
-__device__ __forceinline__ void add_fixed(int64_t* to, const T (&by)[width], double unit) {
-#pragma unroll
-  for (int i = 0; i < width; ++i)
-    atomicAdd(reinterpret_cast<unsigned long long*>(to + i),
-              static_cast<unsigned long long>(__double2ll_rn(double(by[i]) * unit)));
+// The deterministic variant: integers add up the same in any order. What is not finite is added to the numbers
+// themselves: it makes infinity or NaN of those that it reaches, in any order, and of no other.
+struct FixedPoint {
+  double unit;  // units per 1, a power of two
+  double most;  // units of one contribution: rounding may bring it a little above the product of the limits
+};
+
+// As many units per 1 as keep the sum of all that can meet in one number below 2^63.
+// limits: the bits of the largest finite |grad_output| and |weight|, as floats rounded up.
+__device__ __forceinline__ FixedPoint fixed_point(const unsigned* limits, int64_t contributions) {
+  const double one = double(__uint_as_float(limits[0])) * double(__uint_as_float(limits[1]));
+  const double all = one * double(contributions);
+  const double unit = all > 0 ? scalbn(1.0, 61 - ilogb(all)) : 1.0;
+  return {unit, 1.5 * one * unit};
 }
 
-// As many units per 1 as keep the sum of all that can meet in one number below 2^62; NaN where that is not finite.
-// limits: the bits of the largest |grad_output| and the largest |weight|, as floats rounded up.
-__device__ __forceinline__ double fixed_point_unit(const unsigned* limits, int64_t contributions) {
-  const double bound =
-      double(__uint_as_float(limits[0])) * double(__uint_as_float(limits[1])) * double(contributions);
-  if (!(bound < 1e300)) return __longlong_as_double(0x7ff8000000000000ll);
-  if (!(bound > 1e-290)) return 1.0;
-  return scalbn(1.0, 61 - ilogb(bound));
+template <typename T, int width>
+__device__ __forceinline__ void add_fixed(int64_t* sums, T* numbers, const T (&by)[width], const FixedPoint& fixed) {
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    const double units = double(by[i]) * fixed.unit;
+    if (fabs(units) <= fixed.most) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(sums + i), static_cast<unsigned long long>(__double2ll_rn(units)));
+    } else {
+      atomicAdd(numbers + i, by[i]);
+    }
+  }
 }
 
 template <typename V>
@@ -142,7 +152,8 @@ __global__ void largest_kernel(const V* from, int64_t count, unsigned* to) {
     const auto x = number(from[i]);
     float y = fabsf(float(x));
     if (double(y) < fabs(double(x))) y = __uint_as_float(__float_as_uint(y) + 1);  // a double rounded down
-    largest = max(largest, __float_as_uint(y));  // the bits of what is not negative are in its order, NaN last
+    const unsigned bits = __float_as_uint(y);  // of what is not negative, in its order; infinity and NaN last
+    if (bits < 0x7f800000u) largest = max(largest, bits);
   }
   for (int step = 16; step; step /= 2) largest = max(largest, __shfl_xor_sync(kWarp, largest, step));
   if (threadIdx.x % 32 == 0) atomicMax(to, largest);
@@ -151,9 +162,9 @@ __global__ void largest_kernel(const V* from, int64_t count, unsigned* to) {
 template <typename T>
 __global__ void from_fixed_kernel(const int64_t* from, T* to, int64_t count, const unsigned* limits,
                                   int64_t contributions) {
-  const double unit = fixed_point_unit(limits, contributions);
+  const double unit = fixed_point(limits, contributions).unit;
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x)
-    to[i] = T(double(from[i]) / unit);
+    to[i] += T(double(from[i]) / unit);  // was zero, infinity or NaN
 }
 
 // ----------------------------------------------------------------------------------------------------- points
@@ -197,9 +208,14 @@ __device__ __forceinline__ void set_up(const Params& params, Level* level_of_poi
   for (int k = threadIdx.x; k < count; k += kThreads) {
     const int l = k / params.points;
     const int64_t height = params.shapes[2 * l], width = params.shapes[2 * l + 1], start = params.starts[l];
-    if (height < 1 || width < 1 || start < 0 || start + height * width > params.tokens) {
-      printf("ms_deform_attn: level %d of spatial_shapes, %lld x %lld from token %lld, does not fit in %lld tokens\n", l,
-             (long long)height, (long long)width, (long long)start, (long long)params.tokens);
+    int64_t before = 0;
+    for (int i = 0; i < l; ++i) before += params.shapes[2 * i] * params.shapes[2 * i + 1];
+    const int64_t end = before + height * width;
+    if (height < 1 || width < 1 || height > params.tokens || width > params.tokens || start != before ||
+        end > params.tokens || (l == params.levels - 1 && end != params.tokens)) {
+      printf("ms_deform_attn: level %d of spatial_shapes, %lld x %lld from token %lld, is not what follows %lld tokens, "
+             "or all are not the %lld of value\n",
+             l, (long long)height, (long long)width, (long long)start, (long long)before, (long long)params.tokens);
       __trap();
     }
     level_of_point[k] = {int32_t(width), int32_t(height), int32_t(start), l};
@@ -286,6 +302,7 @@ __device__ __forceinline__ void work_out(const Params& params, const Level* leve
   const N* weights = static_cast<const N*>(params.weights) + row * count;
 #pragma unroll
   for (int i = 0; i < C::own; ++i) {
+    if (i > 0 && first + i * C::group >= count) break;  // nobody asks for these
     const int k = first + i * C::group + lane;
     const bool there = k < count;
     const int j = there ? k : 0;
@@ -428,7 +445,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t q = real ? query[slot] : 0;
   const int count = params.levels * params.points;
   const int32_t row_stride = params.heads * params.channels;
-  const double unit = deterministic ? fixed_point_unit(params.limits, params.queries * count) : 1.0;
+  FixedPoint fixed{};
+  if constexpr (deterministic) fixed = fixed_point(params.limits, params.queries * count);
   for (int64_t head = blockIdx.y; head < int64_t(params.batch) * params.heads; head += gridDim.y) {
     const int64_t b = head / params.heads, m = head % params.heads;
     const int64_t row = (b * params.queries + q) * params.heads + m;
@@ -448,6 +466,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int part = 0; part < C::own; ++part) {
         T own_dots[4] = {};
         const int begin = part * C::group, end = min(C::group, count - first - begin);
+        if (end <= 0) break;
         for (int first_channel = 0; first_channel < params.channels; first_channel += C::width * C::group) {
           const int channel = first_channel + lane * C::width;
           const bool there = C::exact || channel < params.channels;
@@ -455,10 +474,10 @@ __global__ void __launch_bounds__(kThreads, 2)
           T grad[C::width];
           Lane<V, C::width>::load(static_cast<const V*>(params.grad_output) + row * params.channels + channel,
                                   there && real, grad);
-          T dots[4][C::exact ? C::group : 1];
+          T dots[4][C::exact ? C::group : 1] = {};
 #pragma unroll
           for (int j = 0; j < C::group; ++j) {
-            if (!C::exact && j >= end) break;
+            if (C::exact ? j % 4 == 0 && j >= end : j >= end) break;  // fours: their loads go out together
             const Weights<T> weights = exchange.weights[slot * C::stride + begin + j];
             Corners<C> corners;  // what lies beyond `count` is outside, work_out says
             corners.load(base, exchange.places[slot * C::stride + begin + j], row_stride, there);
@@ -473,10 +492,11 @@ __global__ void __launch_bounds__(kThreads, 2)
               }
               if (corners.inside[c] && real) {
                 const int64_t to = head_begin + channel + corners.offset[c];
+                T* numbers = static_cast<T*>(params.grad_value) + to;
                 if constexpr (deterministic) {
-                  add_fixed(static_cast<int64_t*>(params.grad_value) + to, by, unit);
+                  add_fixed(params.sums + to, numbers, by, fixed);
                 } else {
-                  add(static_cast<T*>(params.grad_value) + to, by);
+                  add(numbers, by);
                 }
               }
               if constexpr (C::exact) {

@@ -14,10 +14,11 @@ struct Params {
   const void* weights;        // B x Q x M x L x P: attention weights, or logits
   void* output;               // B x Q x M*D
   const void* grad_output;    // B x Q x M*D
-  void* grad_value;           // B x S x M x D: sums, or int64 in the deterministic variant
+  void* grad_value;           // B x S x M x D
+  int64_t* sums;              // deterministic: B x S x M x D in fixed point; grad_value then takes what does not fit
   void* grad_numbers;         // as numbers
   void* grad_weights;         // as weights
-  const unsigned* limits;     // deterministic: bits of the largest |grad_output| and |weight|
+  const unsigned* limits;     // deterministic: bits of the largest finite |grad_output| and |weight|
   int64_t tokens, queries;    // S, Q
   int32_t batch, heads, channels, levels, points;  // B, M, D, L, P
   int32_t reference_dims;
