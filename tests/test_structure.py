@@ -19,7 +19,7 @@ FLOORS = [
     ["config", "collect_env"],
     ["modeling.structures"],
     ["modeling.backbone", "modeling.postprocessing", "modeling.matcher", "modeling.criterion"],
-    ["modeling.denoising", "modeling.freezing", "modeling.loading"],
+    ["modeling.denoising", "modeling.freezing", "modeling.heads", "modeling.loading", "modeling.transformer"],
     ["modeling.set_detector", "modeling.deformable"],
     ["modeling.detr"],
     ["modeling.conditional_detr"],

@@ -14,7 +14,6 @@ The encoder is DETR's. Parameter names are the release's. Letters as in `detr_fa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,13 +29,24 @@ from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.mlp import MLP
 from detr_family.layers.position_encoding import sine_of_coordinates
 from detr_family.modeling.criterion import FocalClassLoss
-from detr_family.modeling.detr import Encoder, EncoderLayer
+from detr_family.modeling.detr import Encoder, EncoderLayer, coarsest_map, map_tokens
+from detr_family.modeling.heads import focal_heads
 from detr_family.modeling.matcher import FocalClassCost
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import CommonArguments, SetDetector, common_arguments, sine_encoding
+from detr_family.modeling.set_detector import (
+    CommonArguments,
+    SetDetector,
+    at_least_one,
+    common_arguments,
+    sine_encoding,
+)
 from detr_family.modeling.structures import SetPrediction, Targets
-
-PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)  # every class starts at a probability of 0.01 (arXiv 1708.02002, 4.1)
+from detr_family.modeling.transformer import (
+    TransformerArguments,
+    depths_and_layer,
+    transformer_arguments,
+    xavier_matrices,
+)
 
 
 @META_ARCH_REGISTRY.register()
@@ -58,53 +68,29 @@ class ConditionalDETR(SetDetector):
         **common: Unpack[CommonArguments],
     ) -> None:
         super().__init__(select=best_pairs, **common)
-        if num_queries < 1:
-            raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
-        dim = transformer.dim
-        self.feature = list(self.backbone.output_shape())[-1]
         self.transformer = transformer
-        self.input_proj = nn.Conv2d(self.backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
-        self.query_embed = nn.Embedding(num_queries, dim)  # the object queries o_q
-        self.class_embed = nn.Linear(dim, self.num_classes)
-        self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
-        nn.init.constant_(self.class_embed.bias, PRIOR_BIAS)
-        self.bbox_embed.zero_last_layer()
+        self.feature, self.input_proj = coarsest_map(self.backbone, transformer.dim)
+        self.query_embed = nn.Embedding(at_least_one(num_queries), transformer.dim)  # the object queries o_q
+        self.class_embed, self.bbox_embed = focal_heads(transformer.dim, self.num_classes)
         self.finish(ConditionalDETR)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """The arguments of `__init__`, from Detectron2's configuration."""
-        detr = cfg.MODEL.DETR
         return {
             **focal_arguments(cfg),
-            "transformer": ConditionalTransformer(
-                dim=detr.HIDDEN_DIM,
-                num_heads=detr.NUM_HEADS,
-                encoder_layers=detr.ENC_LAYERS,
-                decoder_layers=detr.DEC_LAYERS,
-                feedforward_dim=detr.FEEDFORWARD_DIM,
-                dropout=detr.DROPOUT,
-            ),
-            "num_queries": detr.NUM_QUERIES,
+            "transformer": ConditionalTransformer(**transformer_arguments(cfg)),
+            "num_queries": cfg.MODEL.DETR.NUM_QUERIES,
         }
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
         """Predict a set of Q boxes per image and decoder layer.
 
-        Args:
-            images: from `preprocess_image`.
-            targets: not looked at.
-
         Returns:
             SetPrediction with `layer_logits` (N, B, Q, K) and `layer_boxes` (N, B, Q, 4).
         """
-        feature = self.backbone(images.tensor)[self.feature]  # B x C x H x W
-        mask = self.level_mask(self.padding_mask(images), feature)  # B x H x W
         decoded, reference = self.transformer(
-            self.input_proj(feature).flatten(2).transpose(1, 2),  # B x S x D
-            position=self.position_encoding(mask).flatten(1, 2),  # B x S x D
-            padding=mask.flatten(1) if self.has_padding(images) else None,
-            queries=self.query_embed.weight,
+            **map_tokens(self, images), queries=self.query_embed.weight
         )  # N x B x Q x D and Q x 2
         boxes = self.bbox_embed(decoded).float()
         # Equation 2: b = sigmoid(FFN(f) + [s 0 0]). The release goes through the sigmoid and back.
@@ -129,54 +115,24 @@ class ConditionalTransformer(nn.Module):
     """DETR's encoder and a decoder with conditional cross-attention (section 3, figure 3).
 
     Args:
-        dim: D, the model's width, a multiple of 4.
-        num_heads: M, a divisor of `dim`.
-        encoder_layers: layers of the encoder, possibly 0.
-        decoder_layers: N, layers of the decoder, at least 1.
-        feedforward_dim: width of the feed-forward networks' hidden layer.
-        dropout: probability in every sublayer and in the attention weights.
+        **sizes: see `TransformerArguments`.
 
     Raises:
         ValueError: widths or depths that cannot be.
     """
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        num_heads: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        feedforward_dim: int,
-        dropout: float,
-    ) -> None:
+    def __init__(self, **sizes: Unpack[TransformerArguments]) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"MODEL.DETR.HIDDEN_DIM {dim} is no multiple of MODEL.DETR.NUM_HEADS {num_heads}")
-        if decoder_layers < 1 or encoder_layers < 0:
-            raise ValueError(
-                f"MODEL.DETR.DEC_LAYERS {decoder_layers} must be at least 1, ENC_LAYERS {encoder_layers} at least 0"
-            )
-        self.dim = dim
+        encoder_layers, decoder_layers, layer = depths_and_layer(**sizes)
+        self.dim = layer["dim"]
         self.encoder = Encoder(
-            [
-                EncoderLayer(dim, num_heads, feedforward_dim, dropout, pre_norm=False, activation=nn.ReLU())
-                for _ in range(encoder_layers)
-            ],
-            norm=None,
+            [EncoderLayer(**layer, pre_norm=False, activation=nn.ReLU()) for _ in range(encoder_layers)], norm=None
         )
         self.decoder = ConditionalDecoder(
-            [
-                ConditionalDecoderLayer(
-                    dim, num_heads, feedforward_dim, dropout, first=i == 0, activation=nn.ReLU()
-                )
-                for i in range(decoder_layers)
-            ],
-            dim,
+            [ConditionalDecoderLayer(**layer, first=i == 0, activation=nn.ReLU()) for i in range(decoder_layers)],
+            self.dim,
         )
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+        xavier_matrices(self)
 
     def forward(
         self, tokens: Tensor, *, position: Tensor, padding: Tensor | None, queries: Tensor

@@ -26,11 +26,18 @@ from typing_extensions import Unpack
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.mlp import MLP
 from detr_family.layers.position_encoding import sine_of_coordinates
-from detr_family.modeling.conditional_detr import PRIOR_BIAS, ConditionalDecoderLayer, focal_arguments
-from detr_family.modeling.detr import EncoderLayer
+from detr_family.modeling.conditional_detr import ConditionalDecoderLayer, focal_arguments
+from detr_family.modeling.detr import EncoderLayer, coarsest_map, map_tokens
+from detr_family.modeling.heads import focal_heads
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import CommonArguments, SetDetector
+from detr_family.modeling.set_detector import CommonArguments, SetDetector, at_least_one
 from detr_family.modeling.structures import SetPrediction, Targets
+from detr_family.modeling.transformer import (
+    TransformerArguments,
+    depths_and_layer,
+    transformer_arguments,
+    xavier_matrices,
+)
 
 EPS = 1e-3  # of inverse_sigmoid, in this paper's release and those that follow it
 
@@ -40,7 +47,7 @@ class DABDETR(SetDetector):
     """Backbone, transformer, prediction heads.
 
     Args:
-        transformer: see `DABTransformer`; its decoder holds the box head.
+        transformer: see `DABTransformer`; its decoder is given the box head.
         num_queries: anchors; with P patterns the predicted set has P times as many boxes.
         fix_centres: anchors' centres are drawn uniformly and never trained ("fixed x, y" of the paper's tables).
             The release has a setting of that name which freezes nothing, so its published figure had trained
@@ -62,66 +69,47 @@ class DABDETR(SetDetector):
         **common: Unpack[CommonArguments],
     ) -> None:
         super().__init__(select=best_pairs, **common)
-        if num_queries < 1:
-            raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
-        dim = transformer.dim
-        self.feature = list(self.backbone.output_shape())[-1]
         self.transformer = transformer
-        self.input_proj = nn.Conv2d(self.backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
+        self.feature, self.input_proj = coarsest_map(self.backbone, transformer.dim)
         self.refpoint_embed = learned_anchors(num_queries, anchor_size)  # A_q before the sigmoid
-        self.class_embed = nn.Linear(dim, self.num_classes)
-        nn.init.constant_(self.class_embed.bias, PRIOR_BIAS)
-        self.bbox_embed = transformer.decoder.bbox_embed  # the same module: the release has both names
         # A buffer: weight decay would move a parameter that has no gradient.
-        centres = inverse_sigmoid(torch.rand(num_queries, 2), EPS) if fix_centres else None
-        self.register_buffer("fixed_centres", centres)
+        self.register_buffer("fixed_centres", drawn_centres(num_queries) if fix_centres else None)
+        self.class_embed, self.bbox_embed = focal_heads(transformer.dim, self.num_classes)
+        transformer.decoder.bbox_embed = self.bbox_embed  # the same module: the release has both names
         self.finish(DABDETR)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """The arguments of `__init__`, from Detectron2's configuration."""
-        detr, dab = cfg.MODEL.DETR, cfg.MODEL.DAB
+        dab = cfg.MODEL.DAB
         return {
             **focal_arguments(cfg),
             "transformer": DABTransformer(
-                dim=detr.HIDDEN_DIM,
-                num_heads=detr.NUM_HEADS,
-                encoder_layers=detr.ENC_LAYERS,
-                decoder_layers=detr.DEC_LAYERS,
-                feedforward_dim=detr.FEEDFORWARD_DIM,
-                dropout=detr.DROPOUT,
-                num_patterns=dab.NUM_PATTERNS,
-                modulate=dab.MODULATE,
+                **transformer_arguments(cfg), num_patterns=dab.NUM_PATTERNS, modulate=dab.MODULATE
             ),
-            "num_queries": detr.NUM_QUERIES,
+            "num_queries": cfg.MODEL.DETR.NUM_QUERIES,
             "fix_centres": dab.FIX_CENTRES,
             "anchor_size": dab.ANCHOR_SIZE,
         }
 
     def anchors(self) -> Tensor:
-        """(Q, 4) anchors before the sigmoid: x, y, w, h. Fixed centres take the place of the learned ones."""
-        anchors = self.refpoint_embed.weight
-        if self.fixed_centres is None:
-            return anchors
-        return torch.cat([self.fixed_centres, anchors[:, 2:]], dim=1)
+        """(Q, 4) anchors before the sigmoid, see `anchors_of`."""
+        return anchors_of(self.refpoint_embed, self.fixed_centres)
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
         """Predict a set of boxes per image and decoder layer, one for every anchor and pattern.
 
-        Args:
-            images: from `preprocess_image`.
-            targets: not looked at.
-
         Returns:
             SetPrediction with `layer_logits` (N, B, P * Q, K) and `layer_boxes` (N, B, P * Q, 4).
         """
-        feature = self.backbone(images.tensor)[self.feature]  # B x C x H x W
-        mask = self.level_mask(self.padding_mask(images), feature)  # B x H x W
+        anchors = self.anchors()
+        content, anchors = self.transformer.queries(anchors.new_zeros(self.transformer.dim), anchors)
+        batch = len(images.tensor)
         decoded, anchors = self.transformer(
-            self.input_proj(feature).flatten(2).transpose(1, 2),  # B x S x D
-            position=self.position_encoding(mask).flatten(1, 2),  # B x S x D
-            padding=mask.flatten(1) if self.has_padding(images) else None,
-            anchors=self.anchors(),
+            **map_tokens(self, images),
+            content=content.expand(batch, -1, -1),
+            anchors=anchors.expand(batch, -1, -1),
+            blocked=None,
         )  # N x B x PQ x D and N x B x PQ x 4
         boxes = self.bbox_embed(decoded).float() + inverse_sigmoid(anchors, EPS)
         return SetPrediction(layer_logits=self.class_embed(decoded), layer_boxes=boxes.sigmoid())
@@ -138,31 +126,36 @@ def learned_anchors(num_queries: int, size: float) -> nn.Embedding:
             AdamW, needs thousands of steps to make them small.
 
     Raises:
-        ValueError: the size is none.
+        ValueError: there are none, or the size is none.
     """
     if not 0 <= size < 1:
         raise ValueError(f"MODEL.DAB.ANCHOR_SIZE is {size}: a share of the image's size is needed, or 0")
-    anchors = nn.Embedding(num_queries, 4)
+    anchors = nn.Embedding(at_least_one(num_queries), 4)
     if size:
         with torch.no_grad():
-            anchors.weight[:, :2] = inverse_sigmoid(torch.rand(num_queries, 2), EPS)
+            anchors.weight[:, :2] = drawn_centres(num_queries)
             anchors.weight[:, 2:] = torch.logit(torch.tensor(size))
     return anchors
+
+
+def drawn_centres(num_queries: int) -> Tensor:
+    """(Q, 2) centres x, y before the sigmoid, drawn uniformly over the image."""
+    return inverse_sigmoid(torch.rand(num_queries, 2), EPS)
+
+
+def anchors_of(learned: nn.Embedding, fixed_centres: Tensor | None) -> Tensor:
+    """(Q, 4) anchors before the sigmoid: x, y, w, h. Fixed centres, where there are, take the place of learned ones."""
+    return learned.weight if fixed_centres is None else torch.cat([fixed_centres, learned.weight[:, 2:]], dim=1)
 
 
 class DABTransformer(nn.Module):
     """Encoder with scaled positions, decoder with dynamic anchor boxes (figure 5).
 
     Args:
-        dim: D, the model's width, a multiple of 4.
-        num_heads: a divisor of `dim`.
-        encoder_layers: layers of the encoder, possibly 0.
-        decoder_layers: N, at least 1.
-        feedforward_dim: width of the feed-forward networks' hidden layer.
-        dropout: probability in every sublayer and in the attention weights.
         num_patterns: P, learned contents that every anchor is decoded with (3 in the starred rows of the
-            paper's tables); 0 starts from one content of zeros.
+            paper's tables); 0 for none.
         modulate: modulate positional attention by width and height.
+        **sizes: see `TransformerArguments`.
 
     Raises:
         ValueError: widths, depths or counts that cannot be.
@@ -171,29 +164,45 @@ class DABTransformer(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
-        num_heads: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        feedforward_dim: int,
-        dropout: float,
         num_patterns: int,
         modulate: bool,
+        **sizes: Unpack[TransformerArguments],
     ) -> None:
         super().__init__()
+        encoder_layers, decoder_layers, layer = depths_and_layer(**sizes)
         if num_patterns < 0:
             raise ValueError(f"MODEL.DAB.NUM_PATTERNS {num_patterns} must be at least 0")
-        self.dim = dim
-        self.encoder = DABEncoder(encoder_layers, dim, num_heads, feedforward_dim, dropout)
-        self.decoder = DABDecoder(decoder_layers, dim, num_heads, feedforward_dim, dropout, modulate=modulate)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-        self.decoder.bbox_embed.zero_last_layer()
-        self.patterns = nn.Embedding(num_patterns, dim) if num_patterns else None
+        self.dim = layer["dim"]
+        self.encoder = DABEncoder(encoder_layers, **layer)
+        self.decoder = DABDecoder(decoder_layers, modulate=modulate, **layer)
+        xavier_matrices(self)
+        self.patterns = nn.Embedding(num_patterns, self.dim) if num_patterns else None
+
+    def queries(self, content: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Every anchor with the same content or, where there are patterns, with each of them added to it.
+
+        Args:
+            content: (D,).
+            anchors: (Q, 4).
+
+        Returns:
+            (P * Q, D) contents and (P * Q, 4) anchors: one after another with the first pattern, then with the
+            second, ... P counts as 1 where there are no patterns.
+        """
+        if self.patterns is None:
+            return content.expand(len(anchors), -1), anchors
+        contents = (content + self.patterns.weight).repeat_interleave(len(anchors), 0)
+        return contents, anchors.repeat(len(self.patterns.weight), 1)
 
     def forward(
-        self, tokens: Tensor, *, position: Tensor, padding: Tensor | None, anchors: Tensor
+        self,
+        tokens: Tensor,
+        *,
+        position: Tensor,
+        padding: Tensor | None,
+        content: Tensor,
+        anchors: Tensor,
+        blocked: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Decode the anchors.
 
@@ -201,26 +210,16 @@ class DABTransformer(nn.Module):
             tokens: (B, S, D).
             position: (B, S, D) spatial encoding of the tokens.
             padding: (B, S) bool, True = padding; None where nothing is padded.
-            anchors: (Q, 4) before the sigmoid.
+            content: (B, Q, D) what the queries start from, Q with all patterns.
+            anchors: (B, Q, 4) before the sigmoid.
+            blocked: (Q, Q) bool, True = this query does not see that one; None where all do.
 
         Returns:
-            (N, B, P * Q, D), the output of every decoder layer, and (N, B, P * Q, 4), the anchors in [0, 1]
-            that each layer's box is predicted from. P counts as 1 where there are no patterns.
+            as `DABDecoder`.
         """
-        batch, num_queries = len(tokens), len(anchors)
         memory = self.encoder(tokens, position=position, padding=padding)
-        if self.patterns is None:
-            content = memory.new_zeros(batch, num_queries, self.dim)
-        else:  # the anchors one after another with the first pattern, then with the second, ...
-            content = self.patterns.weight.repeat_interleave(num_queries, 0).expand(batch, -1, -1)
-            anchors = anchors.repeat(len(self.patterns.weight), 1)
         return self.decoder(
-            content,
-            memory,
-            anchors=anchors.expand(batch, -1, -1),
-            memory_position=position,
-            padding=padding,
-            blocked=None,
+            content, memory, anchors=anchors, memory_position=position, padding=padding, blocked=blocked
         )
 
 
@@ -229,21 +228,11 @@ class DABEncoder(nn.Module):
 
     Args:
         num_layers: layers, possibly 0.
-        dim: D, a multiple of `num_heads`.
-        num_heads: attention heads.
-        feedforward_dim: width of the feed-forward networks' hidden layer.
-        dropout: probability in every sublayer and in the attention weights.
-
-    Raises:
-        ValueError: widths or depths that cannot be.
+        dim, num_heads, feedforward_dim, dropout: see `LayerArguments`.
     """
 
     def __init__(self, num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"MODEL.DETR.HIDDEN_DIM {dim} is no multiple of MODEL.DETR.NUM_HEADS {num_heads}")
-        if num_layers < 0:
-            raise ValueError(f"MODEL.DETR.ENC_LAYERS {num_layers} must be at least 0")
         self.layers = nn.ModuleList(
             EncoderLayer(dim, num_heads, feedforward_dim, dropout, pre_norm=False, activation=nn.PReLU())
             for _ in range(num_layers)
@@ -262,34 +251,26 @@ class DABDecoder(nn.Module):
 
     Args:
         num_layers: N, at least 1.
-        dim: D, a multiple of 4 and of `num_heads`.
-        num_heads: attention heads.
-        feedforward_dim: width of the feed-forward networks' hidden layer.
-        dropout: probability in every sublayer and in the attention weights.
+        dim, num_heads, feedforward_dim, dropout: see `LayerArguments`.
         modulate: modulate positional attention by width and height (equation 6).
 
-    Raises:
-        ValueError: widths or depths that cannot be.
+    Attributes:
+        bbox_embed: the detector's box head, which moves the anchors after each layer; the detector sets it.
     """
+
+    bbox_embed: MLP
 
     def __init__(
         self, num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float, *, modulate: bool
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"MODEL.DETR.HIDDEN_DIM {dim} is no multiple of MODEL.DETR.NUM_HEADS {num_heads}")
-        if num_layers < 1:
-            raise ValueError(f"MODEL.DETR.DEC_LAYERS {num_layers} must be at least 1")
         self.layers = nn.ModuleList(
-            ConditionalDecoderLayer(
-                dim, num_heads, feedforward_dim, dropout, first=i == 0, activation=nn.PReLU()
-            )
+            ConditionalDecoderLayer(dim, num_heads, feedforward_dim, dropout, first=i == 0, activation=nn.PReLU())
             for i in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim)
         self.query_scale = MLP(dim, dim, dim, num_layers=2)  # MLP^(csq), equation 5
         self.ref_point_head = MLP(2 * dim, dim, dim, num_layers=2)  # MLP of equation 4
-        self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
         self.ref_anchor_head = MLP(dim, dim, 2, num_layers=2) if modulate else None  # equation 7
 
     def forward(

@@ -16,12 +16,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.structures import ImageList
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from detr_family.layers.deformable_attention import MSDeformAttn
+from detr_family.modeling.transformer import LayerArguments, xavier_matrices
 
 
 @dataclass
@@ -191,6 +195,31 @@ class LevelProjections(nn.ModuleList):
                 x = x.masked_fill(masks[i - 1][:, None], 0.0)
             projected.append(projection(x, masks[i] if apart else None))
         return projected, masks
+
+
+def level_tokens(detector: Any, images: ImageList) -> dict[str, Any]:
+    """What a transformer on several feature levels reads of the images.
+
+    Args:
+        detector: with the names of its feature maps, `features`, finest first; their projections, `input_proj`; and a
+            transformer with a learned vector of each level, `level_embed`.
+        images: from `preprocess_image`.
+
+    Returns:
+        `tokens` (B, S, D), the levels one behind the other, each row by row; `position` (B, S, D), the spatial encoding
+        of their places and the learned vector of their level; and how they lie, `levels`.
+    """
+    features = detector.backbone(images.tensor)
+    padded = detector.has_padding(images)
+    maps, masks = detector.input_proj(
+        [features[name] for name in detector.features], detector.padding_mask(images), padded=padded
+    )
+    encodings = [detector.position_encoding(mask) for mask in masks]
+    return {
+        "tokens": flatten_levels(maps),
+        "position": level_position(encodings, detector.transformer.level_embed),
+        "levels": Levels.from_masks(masks, padded=padded),
+    }
 
 
 def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
@@ -384,11 +413,31 @@ class DeformableDecoderLayer(nn.Module):
         return self.norm3(content + self.dropout(self.linear2(hidden)))
 
 
+def encoder_of(
+    count: int, *, num_levels: int, num_points: int, **layer: Unpack[LayerArguments]
+) -> DeformableEncoder:
+    """An encoder of `count` layers with ReLU, see `DeformableEncoderLayer`."""
+    return DeformableEncoder(
+        [
+            DeformableEncoderLayer(**layer, num_levels=num_levels, num_points=num_points, activation=nn.ReLU())
+            for _ in range(count)
+        ]
+    )
+
+
+def decoder_layers_of(
+    count: int, *, num_levels: int, num_points: int, **layer: Unpack[LayerArguments]
+) -> list[DeformableDecoderLayer]:
+    """`count` decoder layers with ReLU, see `DeformableDecoderLayer`."""
+    return [
+        DeformableDecoderLayer(**layer, num_levels=num_levels, num_points=num_points, activation=nn.ReLU())
+        for _ in range(count)
+    ]
+
+
 def init_transformer(transformer: nn.Module) -> None:
     """Starting values of the releases: Xavier's for every matrix; deformable attention keeps its own."""
-    for parameter in transformer.parameters():
-        if parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter)
+    xavier_matrices(transformer)
     for module in transformer.modules():
         if isinstance(module, MSDeformAttn):
             module.reset_parameters()

@@ -182,6 +182,48 @@ def denoising_groups(
     )
 
 
+@dataclass(frozen=True)
+class GroupNoise:
+    """DN-DETR's groups and their noise (section 4.2), as a detector is set to make them.
+
+    Attributes:
+        num_groups: G, each with every box of an image; 0 trains without denoising.
+        max_queries: the most denoising queries of an image, at least one per group.
+        label_noise: probability that a label is flipped.
+        box_noise: lambda of the box noise, the largest shift in half boxes and the largest change of size.
+
+    Raises:
+        ValueError: counts or noise that cannot be.
+    """
+
+    num_groups: int
+    max_queries: int
+    label_noise: float
+    box_noise: float
+
+    def __post_init__(self) -> None:
+        if self.num_groups < 0 or self.max_queries < self.num_groups:
+            raise ValueError(
+                f"MODEL.DN.GROUPS {self.num_groups} must be at least 0 and MODEL.DN.MAX_QUERIES {self.max_queries} "
+                "at least as large"
+            )
+        if not 0 <= self.label_noise <= 1 or self.box_noise < 0:
+            raise ValueError(
+                f"MODEL.DN.LABEL_NOISE {self.label_noise} must be in [0, 1], MODEL.DN.BOX_NOISE {self.box_noise} "
+                "at least 0"
+            )
+
+    def groups(
+        self, targets: Targets, *, num_classes: int, num_queries: int, eps: float, generator: torch.Generator | None
+    ) -> DenoisingGroups | None:
+        """`denoising_groups` with this noise; None where there are no groups."""
+        if self.num_groups == 0:
+            return None
+        return denoising_groups(
+            targets, num_classes=num_classes, num_queries=num_queries, eps=eps, generator=generator, **vars(self)
+        )
+
+
 def noise_corners(
     boxes_cxcywh: Tensor, scale: float, farther: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:

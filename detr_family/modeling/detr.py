@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -27,8 +28,20 @@ from detr_family.layers.position_encoding import LearnedPositionEncoding
 from detr_family.modeling.criterion import SoftmaxClassLoss
 from detr_family.modeling.matcher import softmax_class_cost
 from detr_family.modeling.postprocessing import best_class_per_query
-from detr_family.modeling.set_detector import CommonArguments, SetDetector, common_arguments, sine_encoding
+from detr_family.modeling.set_detector import (
+    CommonArguments,
+    SetDetector,
+    at_least_one,
+    common_arguments,
+    sine_encoding,
+)
 from detr_family.modeling.structures import SetPrediction, Targets
+from detr_family.modeling.transformer import (
+    TransformerArguments,
+    depths_and_layer,
+    transformer_arguments,
+    xavier_matrices,
+)
 
 
 @META_ARCH_REGISTRY.register()
@@ -50,13 +63,10 @@ class DETR(SetDetector):
         **common: Unpack[CommonArguments],
     ) -> None:
         super().__init__(select=best_class_per_query, **common)
-        if num_queries < 1:
-            raise ValueError(f"DETR needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
         dim = transformer.dim
-        self.feature = list(self.backbone.output_shape())[-1]
         self.transformer = transformer
-        self.input_proj = nn.Conv2d(self.backbone.output_shape()[self.feature].channels, dim, kernel_size=1)
-        self.query_embed = nn.Embedding(num_queries, dim)  # the object queries
+        self.feature, self.input_proj = coarsest_map(self.backbone, dim)
+        self.query_embed = nn.Embedding(at_least_one(num_queries), dim)  # the object queries
         self.class_embed = nn.Linear(dim, self.num_classes + 1)
         self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
         self.finish(DETR)
@@ -81,12 +91,7 @@ class DETR(SetDetector):
                 class_loss=SoftmaxClassLoss(detr.NO_OBJECT_WEIGHT),
             ),
             "transformer": Transformer(
-                dim=detr.HIDDEN_DIM,
-                num_heads=detr.NUM_HEADS,
-                encoder_layers=detr.ENC_LAYERS,
-                decoder_layers=detr.DEC_LAYERS,
-                feedforward_dim=detr.FEEDFORWARD_DIM,
-                dropout=detr.DROPOUT,
+                **transformer_arguments(cfg),
                 pre_norm=detr.PRE_NORM,
                 encoder_position=encoding.ENCODER,
                 decoder_position=encoding.DECODER,
@@ -98,24 +103,40 @@ class DETR(SetDetector):
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
         """Predict a set of Q boxes per image and decoder layer.
 
-        Args:
-            images: from `preprocess_image`.
-            targets: not looked at.
-
         Returns:
             SetPrediction with `layer_logits` (N, B, Q, K), no-object last, and `layer_boxes` (N, B, Q, 4).
         """
-        feature = self.backbone(images.tensor)[self.feature]  # B x C x H x W
-        mask = self.level_mask(self.padding_mask(images), feature)  # B x H x W
-        decoded = self.transformer(
-            self.input_proj(feature).flatten(2).transpose(1, 2),  # B x S x D
-            position=self.position_encoding(mask).flatten(1, 2),  # B x S x D
-            padding=mask.flatten(1) if self.has_padding(images) else None,
-            queries=self.query_embed.weight,
-        )  # N x B x Q x D
+        decoded = self.transformer(**map_tokens(self, images), queries=self.query_embed.weight)  # N x B x Q x D
         return SetPrediction(
             layer_logits=self.class_embed(decoded), layer_boxes=self.bbox_embed(decoded).float().sigmoid()
         )
+
+
+def coarsest_map(backbone: Backbone, dim: int) -> tuple[str, nn.Conv2d]:
+    """The name of the backbone's coarsest feature map, and the projection of its channels to D."""
+    shapes = backbone.output_shape()
+    name = list(shapes)[-1]
+    return name, nn.Conv2d(shapes[name].channels, dim, kernel_size=1)
+
+
+def map_tokens(detector: Any, images: ImageList) -> dict[str, Tensor | None]:
+    """What a transformer on one feature map reads of the images.
+
+    Args:
+        detector: with the feature map `feature` and its projection `input_proj`, see `coarsest_map`.
+        images: from `preprocess_image`.
+
+    Returns:
+        `tokens` (B, S, D), their spatial encoding `position` (B, S, D), and `padding` (B, S) bool, True = padding, or
+        None where nothing is padded.
+    """
+    feature = detector.backbone(images.tensor)[detector.feature]  # B x C x H x W
+    mask = detector.level_mask(detector.padding_mask(images), feature)  # B x H x W
+    return {
+        "tokens": detector.input_proj(feature).flatten(2).transpose(1, 2),
+        "position": detector.position_encoding(mask).flatten(1, 2),
+        "padding": mask.flatten(1) if detector.has_padding(images) else None,
+    }
 
 
 POSITIONS = ("attention", "input", "none")
@@ -125,12 +146,6 @@ class Transformer(nn.Module):
     """Encoder and decoder (section 3.2, figure 10).
 
     Args:
-        dim: D, the model's width.
-        num_heads: attention heads, a divisor of `dim`.
-        encoder_layers: layers of the encoder, possibly 0.
-        decoder_layers: N, layers of the decoder, at least 1.
-        feedforward_dim: width of the feed-forward networks' hidden layer.
-        dropout: probability in every sublayer and in the attention weights.
         pre_norm: normalise before each sublayer in place of after it.
         encoder_position: where the spatial encoding enters the encoder: "attention" (queries and keys of every
             layer), "input" (added once to the tokens) or "none".
@@ -138,6 +153,7 @@ class Transformer(nn.Module):
             (added once to the encoder's output) or "none".
         query_position: where the object queries enter: "attention" (queries and keys of every layer, the
             content starts from zero) or "input" (they are the content that the first layer starts from).
+        **sizes: see `TransformerArguments`.
 
     Raises:
         ValueError: a setting that is not one of the above.
@@ -146,24 +162,14 @@ class Transformer(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
-        num_heads: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        feedforward_dim: int,
-        dropout: float,
         pre_norm: bool,
         encoder_position: str,
         decoder_position: str,
         query_position: str,
+        **sizes: Unpack[TransformerArguments],
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"MODEL.DETR.HIDDEN_DIM {dim} is no multiple of MODEL.DETR.NUM_HEADS {num_heads}")
-        if decoder_layers < 1 or encoder_layers < 0:
-            raise ValueError(
-                f"MODEL.DETR.DEC_LAYERS {decoder_layers} must be at least 1, ENC_LAYERS {encoder_layers} at least 0"
-            )
+        encoder_layers, decoder_layers, layer = depths_and_layer(**sizes)
         for key, value, allowed in (
             ("SPATIAL_ENCODING.ENCODER", encoder_position, POSITIONS),
             ("SPATIAL_ENCODING.DECODER", decoder_position, POSITIONS),
@@ -171,24 +177,18 @@ class Transformer(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"MODEL.DETR.{key} is {value!r}; it may be one of {', '.join(allowed)}")
-        self.dim = dim
+        self.dim = layer["dim"]
         self.encoder_position = encoder_position
         self.decoder_position = decoder_position
         self.query_position = query_position
         self.encoder = Encoder(
-            [
-                EncoderLayer(dim, num_heads, feedforward_dim, dropout, pre_norm=pre_norm, activation=nn.ReLU())
-                for _ in range(encoder_layers)
-            ],
-            norm=nn.LayerNorm(dim) if pre_norm else None,
+            [EncoderLayer(**layer, pre_norm=pre_norm, activation=nn.ReLU()) for _ in range(encoder_layers)],
+            norm=nn.LayerNorm(self.dim) if pre_norm else None,
         )
         self.decoder = Decoder(
-            [DecoderLayer(dim, num_heads, feedforward_dim, dropout, pre_norm) for _ in range(decoder_layers)],
-            norm=nn.LayerNorm(dim),
+            [DecoderLayer(**layer, pre_norm=pre_norm) for _ in range(decoder_layers)], norm=nn.LayerNorm(self.dim)
         )
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+        xavier_matrices(self)
 
     def forward(self, tokens: Tensor, *, position: Tensor, padding: Tensor | None, queries: Tensor) -> Tensor:
         """Decode the object queries.

@@ -31,25 +31,26 @@ from typing_extensions import Unpack
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.mlp import MLP
 from detr_family.layers.position_encoding import sine_of_coordinates
-from detr_family.modeling.conditional_detr import PRIOR_BIAS, focal_arguments
+from detr_family.modeling.conditional_detr import focal_arguments
 from detr_family.modeling.criterion import mean_num_boxes
 from detr_family.modeling.dab_detr import EPS
 from detr_family.modeling.deformable import (
     DeformableDecoderLayer,
-    DeformableEncoder,
-    DeformableEncoderLayer,
     LevelProjections,
     Levels,
     best_tokens,
-    flatten_levels,
+    decoder_layers_of,
+    encoder_of,
     init_transformer,
-    level_position,
+    level_tokens,
     take_tokens,
 )
 from detr_family.modeling.denoising import DenoisingGroups, contrastive_groups, denoising_groups
+from detr_family.modeling.heads import apply_per_layer, focal_heads, per_layer
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import CommonArguments, SetDetector
+from detr_family.modeling.set_detector import CommonArguments, SetDetector, at_least_one
 from detr_family.modeling.structures import SetPrediction, Targets
+from detr_family.modeling.transformer import TransformerArguments, depths_and_layer, transformer_arguments
 
 QUERY_SELECTIONS = ("none", "pure", "mixed")
 DENOISINGS = ("none", "dn", "contrastive")
@@ -146,12 +147,7 @@ class DINO(SetDetector):
         return {
             **arguments,
             "transformer": DINOTransformer(
-                dim=detr.HIDDEN_DIM,
-                num_heads=detr.NUM_HEADS,
-                encoder_layers=detr.ENC_LAYERS,
-                decoder_layers=detr.DEC_LAYERS,
-                feedforward_dim=detr.FEEDFORWARD_DIM,
-                dropout=detr.DROPOUT,
+                **transformer_arguments(cfg),
                 num_levels=dino.NUM_LEVELS,
                 encoder_points=dino.ENC_POINTS,
                 decoder_points=dino.DEC_POINTS,
@@ -173,28 +169,19 @@ class DINO(SetDetector):
     def predict(self, images: ImageList, targets: Targets | None = None) -> DINOPrediction:
         """Predict a set of Q boxes per image and decoder layer.
 
-        Args:
-            images: from `preprocess_image`.
-            targets: in training, the boxes to be noised; None leaves denoising out.
+        Targets, in training, are the boxes to be noised; None leaves denoising out.
 
         Returns:
             DINOPrediction with `layer_logits` (N, B, Q, K) and `layer_boxes` (N, B, Q, 4).
         """
-        features = self.backbone(images.tensor)
-        padded = self.has_padding(images)
-        maps, masks = self.input_proj(
-            [features[name] for name in self.features], self.padding_mask(images), padded=padded
-        )
         groups = self.make_groups(targets) if self.training and targets is not None else None
         decoded, anchors, proposals = self.transformer(
-            flatten_levels(maps),  # B x S x D
-            position=level_position([self.position_encoding(x) for x in masks], self.transformer.level_embed),
-            levels=Levels.from_masks(masks, padded=padded),
+            **level_tokens(self, images),
             denoising=None if groups is None else (self.content(groups), groups.anchors),
             blocked=None if groups is None else groups.blocked,
         )  # N x B x (R + Q) x D and N x B x (R + Q) x 4
-        logits = heads_of_layers(self.class_embed, decoded)
-        boxes = (heads_of_layers(self.bbox_embed, decoded).float() + inverse_sigmoid(anchors, EPS)).sigmoid()
+        logits = apply_per_layer(self.class_embed, decoded)
+        boxes = (apply_per_layer(self.bbox_embed, decoded).float() + inverse_sigmoid(anchors, EPS)).sigmoid()
         count = 0 if groups is None else len(groups)
         return DINOPrediction(
             layer_logits=logits[:, :, count:],
@@ -261,12 +248,6 @@ class DINOTransformer(nn.Module):
     """Encoder, query selection, decoder.
 
     Args:
-        dim: D, the model's width, a multiple of 4.
-        num_heads: a divisor of `dim`.
-        encoder_layers: layers of the encoder, possibly 0.
-        decoder_layers: N, at least 1.
-        feedforward_dim: width of the feed-forward networks' hidden layer.
-        dropout: probability in every sublayer and in the self-attention weights of the decoder.
         num_levels: L, feature levels, at least 1.
         encoder_points: points that a head of the encoder samples on each level.
         decoder_points: the same for the decoder.
@@ -278,6 +259,7 @@ class DINOTransformer(nn.Module):
         share_heads: one class and one box head for all decoder layers, else one of each per layer.
         ignore_padding: what is predicted for an image does not depend on what it is batched with; see
             `LevelProjections`, `best_tokens` and `DINODecoder`. The release: False.
+        **sizes: see `TransformerArguments`.
 
     Raises:
         ValueError: widths, depths or counts that cannot be, or a query selection that is none of the three.
@@ -286,12 +268,6 @@ class DINOTransformer(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
-        num_heads: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        feedforward_dim: int,
-        dropout: float,
         num_levels: int,
         encoder_points: int,
         decoder_points: int,
@@ -301,59 +277,29 @@ class DINOTransformer(nn.Module):
         look_forward_twice: bool,
         share_heads: bool,
         ignore_padding: bool,
+        **sizes: Unpack[TransformerArguments],
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"MODEL.DETR.HIDDEN_DIM {dim} is no multiple of MODEL.DETR.NUM_HEADS {num_heads}")
-        if decoder_layers < 1 or encoder_layers < 0 or num_levels < 1 or num_queries < 1:
+        encoder_layers, decoder_layers, layer = depths_and_layer(**sizes)
+        if min(num_levels, encoder_points, decoder_points) < 1:
             raise ValueError(
-                f"MODEL.DETR.DEC_LAYERS {decoder_layers}, NUM_QUERIES {num_queries} and MODEL.DINO.NUM_LEVELS "
-                f"{num_levels} must be at least 1, MODEL.DETR.ENC_LAYERS {encoder_layers} at least 0"
-            )
-        if encoder_points < 1 or decoder_points < 1:
-            raise ValueError(
-                f"MODEL.DINO.ENC_POINTS {encoder_points} and DEC_POINTS {decoder_points} must be at least 1"
+                f"MODEL.DINO.NUM_LEVELS {num_levels}, ENC_POINTS {encoder_points} and DEC_POINTS {decoder_points} must "
+                "be at least 1"
             )
         if query_selection not in QUERY_SELECTIONS:
             raise ValueError(
                 f"MODEL.DINO.QUERY_SELECTION is {query_selection!r}; it may be one of {', '.join(QUERY_SELECTIONS)}"
             )
-        self.dim = dim
-        self.num_queries = num_queries
+        dim = self.dim = layer["dim"]
+        self.num_queries = at_least_one(num_queries)
         self.query_selection = query_selection
         self.ignore_padding = ignore_padding
         self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
-        self.encoder = DeformableEncoder(
-            [
-                DeformableEncoderLayer(
-                    dim,
-                    num_heads,
-                    feedforward_dim,
-                    dropout,
-                    num_levels=num_levels,
-                    num_points=encoder_points,
-                    activation=nn.ReLU(),
-                )
-                for _ in range(encoder_layers)
-            ],
-        )
+        self.encoder = encoder_of(encoder_layers, num_levels=num_levels, num_points=encoder_points, **layer)
         self.decoder = DINODecoder(
-            [
-                DeformableDecoderLayer(
-                    dim,
-                    num_heads,
-                    feedforward_dim,
-                    dropout,
-                    num_levels=num_levels,
-                    num_points=decoder_points,
-                    activation=nn.ReLU(),
-                )
-                for _ in range(decoder_layers)
-            ],
+            decoder_layers_of(decoder_layers, num_levels=num_levels, num_points=decoder_points, **layer),
             dim,
-            num_classes,
             look_forward_twice=look_forward_twice,
-            share_heads=share_heads,
             ignore_padding=ignore_padding,
         )
         self.tgt_embed = None if query_selection == "pure" else nn.Embedding(num_queries, dim)
@@ -361,15 +307,15 @@ class DINOTransformer(nn.Module):
         if query_selection != "none":
             self.enc_output = nn.Linear(dim, dim)
             self.enc_output_norm = nn.LayerNorm(dim)
+        # Learned queries are matrices, too, and so start small, from Xavier's values.
         init_transformer(self)
         nn.init.normal_(self.level_embed)
-        for embedding in (self.tgt_embed, self.refpoint_embed):
-            if embedding is not None:
-                nn.init.normal_(embedding.weight)
-        self.decoder.init_heads()
+        class_head, box_head = focal_heads(dim, num_classes)
+        self.decoder.class_embed = per_layer(class_head, decoder_layers, share=share_heads)
+        self.decoder.bbox_embed = per_layer(box_head, decoder_layers, share=share_heads)
         if query_selection != "none":  # heads of their own, which start alike
-            self.enc_out_class_embed = copy.deepcopy(self.decoder.class_embed[0])
-            self.enc_out_bbox_embed = copy.deepcopy(self.decoder.bbox_embed[0])
+            self.enc_out_class_embed = copy.deepcopy(class_head)
+            self.enc_out_bbox_embed = copy.deepcopy(box_head)
 
     def forward(
         self,
@@ -445,21 +391,24 @@ class DINODecoder(nn.Module):
     Args:
         layers: the layers, first to last.
         dim: D.
-        num_classes: K.
         look_forward_twice: see `DINOTransformer`.
-        share_heads: see `DINOTransformer`.
         ignore_padding: encode an anchor by its place in the image. False: by its place in the finest level with
             the level's padding, as in the release.
+
+    Attributes:
+        class_embed: a class head for each layer, which the transformer sets.
+        bbox_embed: a box head for each layer, likewise.
     """
+
+    class_embed: nn.ModuleList
+    bbox_embed: nn.ModuleList
 
     def __init__(
         self,
         layers: Sequence[DeformableDecoderLayer],
         dim: int,
-        num_classes: int,
         *,
         look_forward_twice: bool,
-        share_heads: bool,
         ignore_padding: bool,
     ) -> None:
         super().__init__()
@@ -468,20 +417,6 @@ class DINODecoder(nn.Module):
         self.ref_point_head = MLP(2 * dim, dim, dim, num_layers=2)
         self.look_forward_twice = look_forward_twice
         self.ignore_padding = ignore_padding
-        # One name per layer, as in the release; one module behind them where the heads are shared.
-        count = 1 if share_heads else len(layers)
-        class_heads = [nn.Linear(dim, num_classes) for _ in range(count)]
-        box_heads = [MLP(dim, dim, 4, num_layers=3) for _ in range(count)]
-        self.bbox_embed = nn.ModuleList(box_heads[i % count] for i in range(len(layers)))
-        self.class_embed = nn.ModuleList(class_heads[i % count] for i in range(len(layers)))
-
-    def init_heads(self) -> None:
-        """Starting values of the release: every class at a probability of 0.01, boxes at their anchors."""
-        class_head: Any
-        box_head: Any
-        for class_head, box_head in zip(self.class_embed, self.bbox_embed, strict=True):
-            nn.init.constant_(class_head.bias, PRIOR_BIAS)
-            box_head.zero_last_layer()
 
     def forward(
         self, content: Tensor, memory: Tensor, *, anchors: Tensor, levels: Levels, blocked: Tensor | None
@@ -522,18 +457,3 @@ class DINODecoder(nn.Module):
                 anchor = moved.detach()
                 started_from.append(moved if self.look_forward_twice else anchor)
         return torch.stack(outputs), torch.stack(started_from)
-
-
-def heads_of_layers(heads: nn.ModuleList, outputs: Tensor) -> Tensor:
-    """Every decoder layer's output through its own head, all at once where the heads are one.
-
-    Args:
-        heads: one per layer, possibly all the same.
-        outputs: (N, B, Q, D).
-
-    Returns:
-        (N, B, Q, ...).
-    """
-    if len(set(heads)) == 1:
-        return heads[0](outputs)
-    return torch.stack([head(x) for head, x in zip(heads, outputs, strict=True)])

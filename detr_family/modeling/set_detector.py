@@ -298,6 +298,13 @@ class SetDetector(nn.Module):
             raise ValueError(f"{name} has a box whose coordinates are not finite: {bad}; mend its annotation file")
 
 
+def at_least_one(num_queries: int) -> int:
+    """The number of queries, refused with a ValueError below 1."""
+    if num_queries < 1:
+        raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
+    return num_queries
+
+
 def sine_encoding(cfg: CfgNode, *, offset: float = 0.0) -> SinePositionEncoding:
     """The spatial encoding that MODEL.DETR.SPATIAL_ENCODING.TEMPERATURE says.
 

@@ -29,18 +29,19 @@ from detr_family.modeling.dab_detr import EPS
 from detr_family.modeling.deformable import (
     DeformableDecoderLayer,
     Levels,
-    flatten_levels,
+    decoder_layers_of,
+    encoder_of,
     init_transformer,
-    level_position,
+    level_tokens,
 )
 from detr_family.modeling.postprocessing import best_pairs
 from detr_family.modeling.set_detector import CommonArguments, SetDetector
 from detr_family.modeling.structures import SetPrediction, Targets
+from detr_family.modeling.transformer import TransformerArguments, depths_and_layer, transformer_arguments
 from projects.deformable.deformable_detr import (
-    check_sizes,
-    decoder_layers_of,
+    check_levels,
     deformable_arguments,
-    deformable_encoder,
+    level_arguments,
     level_projections,
     predict_layers,
     prediction_heads,
@@ -102,27 +103,16 @@ class DABDeformableDETR(SetDetector):
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
         """Predict a set of boxes per image and decoder layer, one for every anchor and pattern.
 
-        Args:
-            images: from `preprocess_image`.
-            targets: not looked at.
-
         Returns:
             SetPrediction with `layer_logits` (N, B, P * Q, K) and `layer_boxes` (N, B, P * Q, 4).
         """
-        features = self.backbone(images.tensor)
-        padded = self.has_padding(images)
-        maps, masks = self.input_proj(
-            [features[name] for name in self.features], self.padding_mask(images), padded=padded
-        )
         content, anchors = self.tgt_embed.weight, self.refpoint_embed.weight
         if self.patterns_embed is not None:  # the anchors one after another with the first pattern, then the second
             content = (self.patterns_embed.weight[:, None] + content).flatten(0, 1)
             anchors = anchors.repeat(len(self.patterns_embed.weight), 1)
         batch = len(images.tensor)
         decoded, start = self.transformer(
-            flatten_levels(maps),  # B x S x D
-            position=level_position([self.position_encoding(x) for x in masks], self.transformer.level_embed),
-            levels=Levels.from_masks(masks, padded=padded),
+            **level_tokens(self, images),
             content=content.expand(batch, -1, -1),
             anchors=anchors.expand(batch, -1, -1),
             blocked=None,
@@ -132,30 +122,18 @@ class DABDeformableDETR(SetDetector):
 
 def dab_arguments(cfg: CfgNode) -> tuple[DABDeformableTransformer, nn.ModuleList, dict[str, Any]]:
     """The transformer, the class heads, and what the detectors with anchors read alike from a configuration."""
-    detr, deformable = cfg.MODEL.DETR, cfg.MODEL.DEFORMABLE
     for key, off in (("FIX_CENTRES", False), ("ANCHOR_SIZE", 0.0)):
         if cfg.MODEL.DAB[key]:
             raise ValueError(f"MODEL.DAB.{key} is nothing that {cfg.MODEL.META_ARCHITECTURE} has: set it to {off}")
-    arguments = deformable_arguments(cfg)
+    detr, arguments = cfg.MODEL.DETR, deformable_arguments(cfg)
     class_embed, bbox_embed = prediction_heads(
-        dim=detr.HIDDEN_DIM,
-        num_classes=arguments["num_classes"],
-        decoder_layers=detr.DEC_LAYERS,
-        refine=True,
-        two_stage=False,
+        detr.HIDDEN_DIM, arguments["num_classes"], detr.DEC_LAYERS, refine=True, two_stage=False
     )
     transformer = DABDeformableTransformer(
-        dim=detr.HIDDEN_DIM,
-        num_heads=detr.NUM_HEADS,
-        encoder_layers=detr.ENC_LAYERS,
-        decoder_layers=detr.DEC_LAYERS,
-        feedforward_dim=detr.FEEDFORWARD_DIM,
-        dropout=detr.DROPOUT,
-        num_levels=deformable.NUM_LEVELS,
-        encoder_points=deformable.ENC_POINTS,
-        decoder_points=deformable.DEC_POINTS,
+        **transformer_arguments(cfg),
+        **level_arguments(cfg),
         bbox_embed=bbox_embed,
-        ignore_padding=deformable.IGNORE_PADDING,
+        ignore_padding=cfg.MODEL.DEFORMABLE.IGNORE_PADDING,
     )
     return transformer, class_embed, arguments
 
@@ -164,18 +142,13 @@ class DABDeformableTransformer(nn.Module):
     """Deformable encoder, and decoder with dynamic anchor boxes.
 
     Args:
-        dim: D, the model's width, a multiple of 4.
-        num_heads: a divisor of `dim`.
-        encoder_layers: layers of the encoder, possibly 0.
-        decoder_layers: N, at least 1.
-        feedforward_dim: width of the feed-forward networks' hidden layer.
-        dropout: probability in every sublayer and in the weights of the decoder's self-attention.
         num_levels: L.
         encoder_points: points that a head samples on each level in the encoder.
         decoder_points: the same in the decoder.
         bbox_embed: N box heads, which move the anchors after each layer.
         ignore_padding: encode anchors as they lie in the image. False: as in the releases, as they lie in the
             finest level with its padding.
+        **sizes: see `TransformerArguments`.
 
     Raises:
         ValueError: widths, depths or counts that cannot be.
@@ -184,34 +157,25 @@ class DABDeformableTransformer(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
-        num_heads: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        feedforward_dim: int,
-        dropout: float,
         num_levels: int,
         encoder_points: int,
         decoder_points: int,
         bbox_embed: nn.ModuleList,
         ignore_padding: bool,
+        **sizes: Unpack[TransformerArguments],
     ) -> None:
         super().__init__()
-        check_sizes(dim, num_heads, encoder_layers, decoder_layers, num_levels, encoder_points, decoder_points)
-        self.dim = dim
+        encoder_layers, decoder_layers, layer = depths_and_layer(**sizes)
+        check_levels(num_levels, encoder_points, decoder_points)
+        dim = self.dim = layer["dim"]
         self.num_levels = num_levels
         self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
-        self.encoder = deformable_encoder(
-            encoder_layers, dim, num_heads, feedforward_dim, dropout, num_levels=num_levels, num_points=encoder_points
-        )
+        self.encoder = encoder_of(encoder_layers, num_levels=num_levels, num_points=encoder_points, **layer)
         self.decoder = DABDeformableDecoder(
-            decoder_layers_of(
-                decoder_layers, dim, num_heads, feedforward_dim, dropout,
-                num_levels=num_levels, num_points=decoder_points,
-            ),
+            decoder_layers_of(decoder_layers, num_levels=num_levels, num_points=decoder_points, **layer),
             dim,
             ignore_padding=ignore_padding,
-        )  # fmt: skip
+        )
         init_transformer(self)
         nn.init.normal_(self.level_embed)
         self.decoder.bbox_embed = bbox_embed  # which has starting values of its own

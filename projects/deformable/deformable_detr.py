@@ -14,6 +14,7 @@ levels, N decoder layers, K classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,23 +29,23 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from detr_family.layers.boxes import inverse_sigmoid
-from detr_family.layers.mlp import MLP
 from detr_family.layers.position_encoding import sine_of_coordinates
-from detr_family.modeling.conditional_detr import PRIOR_BIAS, focal_arguments
+from detr_family.modeling.conditional_detr import focal_arguments
 from detr_family.modeling.criterion import SetCriterion
 from detr_family.modeling.deformable import (
     DeformableDecoderLayer,
-    DeformableEncoder,
-    DeformableEncoderLayer,
     LevelProjections,
     Levels,
-    flatten_levels,
+    decoder_layers_of,
+    encoder_of,
     init_transformer,
-    level_position,
+    level_tokens,
 )
+from detr_family.modeling.heads import apply_per_layer, focal_heads, per_layer
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import CommonArguments, SetDetector, sine_encoding
+from detr_family.modeling.set_detector import CommonArguments, SetDetector, at_least_one, sine_encoding
 from detr_family.modeling.structures import SetPrediction, Targets
+from detr_family.modeling.transformer import TransformerArguments, depths_and_layer, transformer_arguments
 
 EPS = 1e-5  # of inverse_sigmoid, in this paper's release
 
@@ -86,13 +87,11 @@ class DeformableDETR(SetDetector):
         **common: Unpack[CommonArguments],
     ) -> None:
         super().__init__(select=best_pairs, **common)
-        if num_queries < 1:
-            raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
         self.features = list(self.backbone.output_shape())
         self.transformer = transformer
         self.class_embed = class_embed
         self.bbox_embed = bbox_embed
-        self.num_queries = num_queries
+        self.num_queries = at_least_one(num_queries)
         self.input_proj = level_projections(self.backbone, transformer, ignore_padding=ignore_padding)
         # Position and content of the object queries; with two stages both come from the proposals.
         self.query_embed = None if transformer.two_stage else nn.Embedding(num_queries, 2 * transformer.dim)
@@ -112,22 +111,15 @@ class DeformableDETR(SetDetector):
         detr, deformable = cfg.MODEL.DETR, cfg.MODEL.DEFORMABLE
         arguments = deformable_arguments(cfg)
         class_embed, bbox_embed = prediction_heads(
-            dim=detr.HIDDEN_DIM,
-            num_classes=arguments["num_classes"],
-            decoder_layers=detr.DEC_LAYERS,
+            detr.HIDDEN_DIM,
+            arguments["num_classes"],
+            detr.DEC_LAYERS,
             refine=deformable.BOX_REFINEMENT,
             two_stage=deformable.TWO_STAGE,
         )
         transformer = DeformableTransformer(
-            dim=detr.HIDDEN_DIM,
-            num_heads=detr.NUM_HEADS,
-            encoder_layers=detr.ENC_LAYERS,
-            decoder_layers=detr.DEC_LAYERS,
-            feedforward_dim=detr.FEEDFORWARD_DIM,
-            dropout=detr.DROPOUT,
-            num_levels=deformable.NUM_LEVELS,
-            encoder_points=deformable.ENC_POINTS,
-            decoder_points=deformable.DEC_POINTS,
+            **transformer_arguments(cfg),
+            **level_arguments(cfg),
             bbox_embed=bbox_embed if deformable.BOX_REFINEMENT else None,
             class_embed=class_embed if deformable.TWO_STAGE else None,
         )
@@ -142,22 +134,12 @@ class DeformableDETR(SetDetector):
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
         """Predict a set of Q boxes per image and decoder layer.
 
-        Args:
-            images: from `preprocess_image`.
-            targets: not looked at.
-
         Returns:
             SetPrediction with `layer_logits` (N, B, Q, K) and `layer_boxes` (N, B, Q, 4); with two stages a
             TwoStagePrediction. An image with fewer tokens than Q has as many queries as tokens in the latter.
         """
-        features = self.backbone(images.tensor)
-        padded = self.has_padding(images)
-        maps, masks = self.input_proj(
-            [features[name] for name in self.features], self.padding_mask(images), padded=padded
-        )
-        position = level_position([self.position_encoding(x) for x in masks], self.transformer.level_embed)
-        levels = Levels.from_masks(masks, padded=padded)
-        memory = self.transformer.encoder(flatten_levels(maps), position=position, levels=levels)  # B x S x D
+        inputs = level_tokens(self, images)
+        memory, levels = self.transformer.encoder(**inputs), inputs["levels"]  # B x S x D
         proposals = None
         if self.query_embed is None:
             content, query_position, reference, proposals = self.transformer.propose(memory, levels, self.num_queries)
@@ -190,6 +172,16 @@ def deformable_arguments(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+def level_arguments(cfg: CfgNode) -> dict[str, int]:
+    """The levels and points that this project's transformers have, from a configuration."""
+    deformable = cfg.MODEL.DEFORMABLE
+    return {
+        "num_levels": deformable.NUM_LEVELS,
+        "encoder_points": deformable.ENC_POINTS,
+        "decoder_points": deformable.DEC_POINTS,
+    }
+
+
 def level_projections(backbone: Backbone, transformer: Any, *, ignore_padding: bool) -> LevelProjections:
     """From all of the backbone's feature maps to the transformer's levels and width."""
     channels = [shape.channels for shape in backbone.output_shape().values()]
@@ -199,7 +191,7 @@ def level_projections(backbone: Backbone, transformer: Any, *, ignore_padding: b
 
 
 def prediction_heads(
-    *, dim: int, num_classes: int, decoder_layers: int, refine: bool, two_stage: bool
+    dim: int, num_classes: int, decoder_layers: int, *, refine: bool, two_stage: bool
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
     """Class and box heads, one name per decoder layer as in the release.
 
@@ -207,7 +199,7 @@ def prediction_heads(
         dim: D.
         num_classes: K.
         decoder_layers: N.
-        refine: every layer has heads of its own; False: one module stands behind all names.
+        refine: every layer has heads of its own, which start alike; False: one module stands behind all names.
         two_stage: one more of each, for the encoder's proposals. The class head among them has K + 1 logits, and all
             proposals are trained for the last; the release uses its first, which is no category of COCO.
 
@@ -216,20 +208,18 @@ def prediction_heads(
     """
     if two_stage and not refine:
         raise ValueError("MODEL.DEFORMABLE.TWO_STAGE needs MODEL.DEFORMABLE.BOX_REFINEMENT")
-    count = decoder_layers if refine else 1
-    class_heads = [nn.Linear(dim, num_classes) for _ in range(count)]
-    box_heads = [MLP(dim, dim, 4, num_layers=3) for _ in range(count)]
+    class_head, box_head = focal_heads(dim, num_classes)
+    class_heads = per_layer(class_head, decoder_layers, share=not refine)
+    box_heads = per_layer(box_head, decoder_layers, share=not refine)
     if two_stage:
-        class_heads.append(nn.Linear(dim, num_classes + 1))
-        box_heads.append(MLP(dim, dim, 4, num_layers=3))
-    for class_head, box_head in zip(class_heads, box_heads, strict=True):
-        nn.init.constant_(class_head.bias, PRIOR_BIAS)
-        box_head.zero_last_layer()
-    if not two_stage:  # the first layer has a point to start from, and boxes begin small
-        nn.init.constant_(box_heads[0].layers[-1].get_parameter("bias")[2:], -2.0)
-    if not refine:
-        class_heads, box_heads = class_heads * decoder_layers, box_heads * decoder_layers
-    return nn.ModuleList(class_heads), nn.ModuleList(box_heads)
+        proposal_head, box_head = focal_heads(dim, num_classes + 1)[0], copy.deepcopy(box_head)
+        with torch.no_grad():
+            proposal_head.weight[:num_classes] = class_head.weight
+        class_heads.append(proposal_head)
+        box_heads.append(box_head)
+    else:  # the first layer has a point to start from, and boxes begin small
+        nn.init.constant_(box_head.layers[-1].get_parameter("bias")[2:], -2.0)
+    return class_heads, box_heads
 
 
 def predict_layers(
@@ -246,26 +236,19 @@ def predict_layers(
     Returns:
         (N, B, Q, K) and (N, B, Q, 4).
     """
-    logits = torch.stack([head(x) for head, x in zip(class_embed, decoded, strict=False)])
-    boxes = torch.stack([head(x) for head, x in zip(bbox_embed, decoded, strict=False)])
-    return logits, (boxes.float() + start).sigmoid()
+    return apply_per_layer(class_embed, decoded), (apply_per_layer(bbox_embed, decoded).float() + start).sigmoid()
 
 
 class DeformableTransformer(nn.Module):
     """Deformable encoder and decoder, and where the decoder starts from.
 
     Args:
-        dim: D, the model's width, a multiple of 4.
-        num_heads: a divisor of `dim`.
-        encoder_layers: layers of the encoder, possibly 0.
-        decoder_layers: N, at least 1.
-        feedforward_dim: width of the feed-forward networks' hidden layer.
-        dropout: probability in every sublayer and in the weights of the decoder's self-attention.
         num_levels: L.
         encoder_points: points that a head samples on each level in the encoder.
         decoder_points: the same in the decoder.
         bbox_embed: box heads that refine the reference boxes after each layer; None keeps the reference points.
         class_embed: with two stages the class heads, of which the last is the proposals'; else None.
+        **sizes: see `TransformerArguments`.
 
     Raises:
         ValueError: widths, depths or counts that cannot be.
@@ -274,33 +257,24 @@ class DeformableTransformer(nn.Module):
     def __init__(
         self,
         *,
-        dim: int,
-        num_heads: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        feedforward_dim: int,
-        dropout: float,
         num_levels: int,
         encoder_points: int,
         decoder_points: int,
         bbox_embed: nn.ModuleList | None,
         class_embed: nn.ModuleList | None,
+        **sizes: Unpack[TransformerArguments],
     ) -> None:
         super().__init__()
-        check_sizes(dim, num_heads, encoder_layers, decoder_layers, num_levels, encoder_points, decoder_points)
-        self.dim = dim
+        encoder_layers, decoder_layers, layer = depths_and_layer(**sizes)
+        check_levels(num_levels, encoder_points, decoder_points)
+        dim = self.dim = layer["dim"]
         self.num_levels = num_levels
         self.two_stage = class_embed is not None
         self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
-        self.encoder = deformable_encoder(
-            encoder_layers, dim, num_heads, feedforward_dim, dropout, num_levels=num_levels, num_points=encoder_points
-        )
+        self.encoder = encoder_of(encoder_layers, num_levels=num_levels, num_points=encoder_points, **layer)
         self.decoder = DeformableDecoder(
-            decoder_layers_of(
-                decoder_layers, dim, num_heads, feedforward_dim, dropout,
-                num_levels=num_levels, num_points=decoder_points,
-            )
-        )  # fmt: skip
+            decoder_layers_of(decoder_layers, num_levels=num_levels, num_points=decoder_points, **layer)
+        )
         if self.two_stage:
             self.enc_output = nn.Linear(dim, dim)
             self.enc_output_norm = nn.LayerNorm(dim)
@@ -415,52 +389,10 @@ def before_sigmoid(reference: Tensor) -> Tensor:
     return F.pad(inverse_sigmoid(reference, EPS), (0, 4 - reference.shape[-1]))
 
 
-def check_sizes(
-    dim: int,
-    num_heads: int,
-    encoder_layers: int,
-    decoder_layers: int,
-    num_levels: int,
-    encoder_points: int,
-    decoder_points: int,
-) -> None:
-    """Refuse widths, depths and counts that cannot be, with a ValueError that names the key."""
-    if dim % num_heads:
-        raise ValueError(f"MODEL.DETR.HIDDEN_DIM {dim} is no multiple of MODEL.DETR.NUM_HEADS {num_heads}")
-    if decoder_layers < 1 or encoder_layers < 0:
-        raise ValueError(
-            f"MODEL.DETR.DEC_LAYERS {decoder_layers} must be at least 1, ENC_LAYERS {encoder_layers} at least 0"
-        )
+def check_levels(num_levels: int, encoder_points: int, decoder_points: int) -> None:
+    """Refuse counts below 1, with a ValueError that names the keys."""
     if min(num_levels, encoder_points, decoder_points) < 1:
         raise ValueError(
             f"MODEL.DEFORMABLE.NUM_LEVELS {num_levels}, ENC_POINTS {encoder_points} and DEC_POINTS {decoder_points} "
             "must be at least 1"
         )
-
-
-def deformable_encoder(
-    count: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float, *, num_levels: int, num_points: int
-) -> DeformableEncoder:
-    """An encoder of `count` layers with ReLU, see `DeformableEncoderLayer`."""
-    return DeformableEncoder(
-        [
-            DeformableEncoderLayer(
-                dim, num_heads, feedforward_dim, dropout,
-                num_levels=num_levels, num_points=num_points, activation=nn.ReLU(),
-            )
-            for _ in range(count)
-        ],
-    )  # fmt: skip
-
-
-def decoder_layers_of(
-    count: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float, *, num_levels: int, num_points: int
-) -> list[DeformableDecoderLayer]:
-    """`count` decoder layers with ReLU, see `DeformableDecoderLayer`."""
-    return [
-        DeformableDecoderLayer(
-            dim, num_heads, feedforward_dim, dropout,
-            num_levels=num_levels, num_points=num_points, activation=nn.ReLU(),
-        )
-        for _ in range(count)
-    ]  # fmt: skip
