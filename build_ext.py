@@ -18,6 +18,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,14 +57,28 @@ def extensions() -> list[Extension]:
 
 
 def torch_folder() -> Path:
-    """Where torch is installed (without importing it)."""
-    spec = find_spec("torch")
-    if spec is None or spec.origin is None:
+    """Where torch is installed (without importing it).
+
+    A build in isolation, as `pip wheel .` is, does not see it: then it is that of the environment that pip runs in,
+    or of the active one. Any torch will do whose stable ABI is the one asked for.
+    """
+    folder = next((place for place in torch_places() if (place / "include").is_dir()), None)
+    if folder is None:
         raise Missing(f"torch is not there while building; install it first and run {AGAIN}")
-    folder = Path(spec.origin).parent
     if not (folder / "include" / "torch" / "csrc" / "stable" / "ops.h").exists():
         raise Missing("torch is older than 2.10, or came without its headers; install torch 2.10 or later")
     return folder
+
+
+def torch_places() -> Iterator[Path]:
+    """Where it may be, the first is meant."""
+    spec = find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        yield Path(spec.origin).parent
+    yield Path(sysconfig.get_path("platlib"), "torch")
+    for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        if os.environ.get(name):
+            yield from Path(os.environ[name]).glob("lib/python*/site-packages/torch")
 
 
 def torch_flags() -> tuple[list[str], list[str]]:

@@ -44,6 +44,7 @@ setup(
         "test": ["pytest>=8", "pytest-xdist>=3"],
         "parity": ["transformers>=4.40"],
         "hub": ["huggingface_hub>=0.30"],  # for hf:// addresses
+        "timm": ["timm>=1.0.20"],  # for build_timm_backbone and build_vit_backbone
         "video": ["opencv-python-headless>=4.5"],  # for demo.py on videos
         "lint": ["ruff>=0.6", "mypy>=1.10"],
     },

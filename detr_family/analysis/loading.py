@@ -35,6 +35,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """
     cfg = load_config(config_file, opts)
     register_datasets(cfg)
+    cfg.MODEL.TIMM.PRETRAINED = False  # a whole detector's weights follow, or none
     cfg.freeze()
     return cfg
 

@@ -94,7 +94,8 @@ def row(config_file: Path, size: tuple[int, int] | None) -> str:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cfg = load_config(str(config_file), ["MODEL.DEVICE", "cpu", "MODEL.DETR.NUM_CLASSES", "80"])
+        opts = ["MODEL.DEVICE", "cpu", "MODEL.DETR.NUM_CLASSES", "80", "MODEL.TIMM.PRETRAINED", "False"]
+        cfg = load_config(str(config_file), opts)
         detector = build_model(cfg)
     theirs = PUBLISHED.get(config_file.stem)
     height, width = size or (theirs.size if theirs else MEAN_IMAGE)

@@ -33,6 +33,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_family")
     register_datasets(cfg)
     cfg.SEED = run_seed(cfg.SEED)
+    if args.eval_only:
+        cfg.MODEL.TIMM.PRETRAINED = False  # a whole detector's weights follow
     cfg.freeze()
     default_setup(cfg, args)
     departed = [] if args.eval_only else departures(cfg, args.config_file, comm.get_world_size())

@@ -111,6 +111,40 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Stages that the detector sees: p0, p1, p2, p3 of strides 4, 8, 16, 32.
     cfg.MODEL.SWIN.OUT_FEATURES = ["p1", "p2", "p3"]
 
+    # The backbone build_timm_backbone: any of the timm package that gives feature maps.
+    cfg.MODEL.TIMM = CfgNode()
+    # timm's name, with or without the tag of its weights: "convnext_tiny.fb_in22k", "vit_small_patch16_dinov3".
+    cfg.MODEL.TIMM.NAME = "convnext_tiny"
+    # Start a training from timm's ImageNet weights of that name, where MODEL.WEIGHTS names none; fetched from the
+    # Hugging Face Hub. Not looked at in an evaluation or prediction.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    # Stages that the detector sees, by their strides. A plain Vision Transformer gives MODEL.PYRAMID in their place.
+    cfg.MODEL.TIMM.OUT_FEATURES = ["stride8", "stride16", "stride32"]
+    # Stochastic depth, for those of timm that have it.
+    cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0
+
+    # The backbone build_vit_backbone: Detectron2's plain Vision Transformer (ViTDet, arXiv 2203.16527).
+    cfg.MODEL.VIT = CfgNode()
+    # "T", "S", "B", "L" or "H".
+    cfg.MODEL.VIT.SIZE = "B"
+    # Side of a patch, pixels.
+    cfg.MODEL.VIT.PATCH_SIZE = 16
+    # Side of the attention windows, tokens; the last block of each quarter sees the whole image. 0: all do.
+    cfg.MODEL.VIT.WINDOW_SIZE = 14
+    # Side of the images that the tables of relative positions are made for, pixels; interpolated for others.
+    cfg.MODEL.VIT.IMAGE_SIZE = 1024
+    # Stochastic depth: probability of leaving out a branch of the last block, rising linearly from 0.
+    cfg.MODEL.VIT.DROP_PATH_RATE = 0.1
+
+    # The simple feature pyramid that is made from the last map of a plain Vision Transformer (ViTDet, section 3).
+    cfg.MODEL.PYRAMID = CfgNode()
+    # Its maps against the backbone's: a run of 4.0, 2.0, 1.0, 0.5. Of patches of 16 pixels: strides 4, 8, 16, 32.
+    cfg.MODEL.PYRAMID.SCALES = [2.0, 1.0, 0.5]
+    # Channels of every map.
+    cfg.MODEL.PYRAMID.CHANNELS = 256
+    # Detectron2's name of the norm after each convolution.
+    cfg.MODEL.PYRAMID.NORM = "LN"
+
     cfg.MODEL.DN = CfgNode()
     # Denoising groups in training, each with every box of an image; 0: no denoising (DN-DETR, section 4.2, table 5).
     cfg.MODEL.DN.GROUPS = 5

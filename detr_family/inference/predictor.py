@@ -120,6 +120,7 @@ class Predictor:
             cfg = load_config(os.fspath(config), opts)
         if weights is not None:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
+        cfg.MODEL.TIMM.PRETRAINED = False  # a whole detector's weights follow
         names = read_class_names(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
         if names is not None:
             cfg.MODEL.DETR.NUM_CLASSES = len(names)

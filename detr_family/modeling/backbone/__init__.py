@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import detectron2
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -10,7 +12,12 @@ from detectron2.modeling.backbone import Backbone
 
 from detr_family.modeling.backbone.resnet import build_torchvision_resnet_backbone
 
-__all__ = ["build_swin_backbone", "build_torchvision_resnet_backbone"]
+__all__ = [
+    "build_swin_backbone",
+    "build_timm_backbone",
+    "build_torchvision_resnet_backbone",
+    "build_vit_backbone",
+]
 
 
 @BACKBONE_REGISTRY.register()
@@ -37,3 +44,75 @@ def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         out_features=swin.OUT_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """Any backbone of timm (MODEL.TIMM): its stages by their strides, or a plain Vision Transformer as a pyramid.
+
+    Raises:
+        ImportError: timm is not installed, or Detectron2 has no simple feature pyramid.
+        FileNotFoundError: the ImageNet weights cannot be fetched.
+        ValueError: a setting that cannot be.
+    """
+    from detr_family.modeling.backbone.timm import TimmBackbone
+
+    _nothing_frozen(cfg)
+    timm = cfg.MODEL.TIMM
+    backbone = TimmBackbone(
+        name=timm.NAME,
+        pretrained=timm.PRETRAINED,
+        in_channels=input_shape.channels,
+        out_features=timm.OUT_FEATURES,
+        drop_path_rate=timm.DROP_PATH_RATE,
+    )
+    return _pyramid(cfg, backbone) if backbone.plain else backbone
+
+
+@BACKBONE_REGISTRY.register()
+def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """Detectron2's plain Vision Transformer (MODEL.VIT) with its simple feature pyramid (MODEL.PYRAMID).
+
+    Raises:
+        ImportError: timm is not installed, or Detectron2 has no ViT.
+        ValueError: a setting that cannot be.
+    """
+    _nothing_frozen(cfg)
+    vit = cfg.MODEL.VIT
+    backbone = _vit().vision_transformer(
+        size=vit.SIZE,
+        in_channels=input_shape.channels,
+        patch_size=vit.PATCH_SIZE,
+        window_size=vit.WINDOW_SIZE,
+        image_size=vit.IMAGE_SIZE,
+        drop_path_rate=vit.DROP_PATH_RATE,
+    )
+    return _pyramid(cfg, backbone)
+
+
+def _pyramid(cfg: CfgNode, backbone: Backbone) -> Backbone:
+    pyramid = cfg.MODEL.PYRAMID
+    return _vit().simple_feature_pyramid(
+        backbone, scales=pyramid.SCALES, channels=pyramid.CHANNELS, norm=pyramid.NORM
+    )
+
+
+def _vit() -> Any:
+    try:
+        from detr_family.modeling.backbone import pyramid
+    except ImportError as error:
+        raise ImportError(
+            f"Detectron2 {detectron2.__version__} has no ViT and no simple feature pyramid, which came after 0.6: "
+            "install a newer one (see docs/install.md), or choose another backbone in MODEL.BACKBONE.NAME"
+        ) from error
+    return pyramid
+
+
+def _nothing_frozen(cfg: CfgNode) -> None:
+    """Refuse a setting that would be without effect."""
+    if cfg.MODEL.BACKBONE.FREEZE_AT:
+        backbone = cfg.MODEL.BACKBONE
+        raise ValueError(
+            f"MODEL.BACKBONE.FREEZE_AT is {backbone.FREEZE_AT}, which {backbone.NAME} does not know: set it to 0, "
+            "and name what is not to be trained in MODEL.DETR.FREEZE"
+        )
