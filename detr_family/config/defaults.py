@@ -203,6 +203,9 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CHECKPOINT_EPOCHS = 0
     # Epochs between evaluations; above 0 it takes the place of TEST.EVAL_PERIOD.
     cfg.TEST.EVAL_EPOCHS = 0
+    # The most detections of an image that count in COCO's AP and AR (the protocol's 100). Where an image has more
+    # objects, the evaluation warns and gives AP without the limit beside it.
+    cfg.TEST.EVAL_DETECTIONS = 100
     # Training images on which the instability of matching is measured after every epoch, evenly spaced; 0: not at
     # all (DN-DETR, section 3.2).
     cfg.TEST.INSTABILITY_IMAGES = 0

@@ -6,17 +6,24 @@ unmatched one, and gives wrong figures or none for repeated ids and NaN boxes. D
 with annotations numbered anew. Image and category ids stay the file's own in all results.
 """
 
+import contextlib
+import io
 import json
+import logging
 import math
 import os
 import tempfile
+from collections import Counter
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from pycocotools.cocoeval import COCOeval
 
 from detr_family.data.datasets.coco import CocoFormatMetadata
+
+_logger = logging.getLogger(__name__)
 
 
 def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> DatasetEvaluator:
@@ -28,15 +35,19 @@ def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> D
         output_dir: where coco_instances_results.json goes; by default `inference_folder`.
 
     Raises:
-        ValueError: no evaluator for this kind of dataset, or its annotation file is at fault.
+        ValueError: no evaluator for this kind of dataset, its annotation file is at fault, or TEST.EVAL_DETECTIONS is
+            below 10.
     """
     output_dir = output_dir or inference_folder(cfg, name)
     metadata = MetadataCatalog.get(name)
+    limit = cfg.TEST.get("EVAL_DETECTIONS", 100)  # a configuration of Detectron2's alone will do
+    if limit < 10:
+        raise ValueError(f"TEST.EVAL_DETECTIONS is {limit}; it must be at least 10 (COCO's AR1 and AR10 are given too)")
     if isinstance(metadata, CocoFormatMetadata):
-        return CocoFormatEvaluator(name, output_dir)
+        return CocoFormatEvaluator(name, output_dir, max_detections=limit)
     kind = metadata.get("evaluator_type")
     if kind in (None, "coco", "coco_panoptic_seg"):
-        return BoxEvaluator(name, tasks=("bbox",), output_dir=output_dir)
+        return BoxEvaluator(name, output_dir=output_dir, max_detections=limit)
     if kind == "lvis":
         return LVISEvaluator(name, tasks=("bbox",), output_dir=output_dir)
     if kind == "pascal_voc":
@@ -51,13 +62,62 @@ def inference_folder(cfg: CfgNode, name: str) -> str:
 
 
 class BoxEvaluator(COCOEvaluator):
-    """Detectron2's COCOEvaluator that also returns the recall that COCO's tools print: AR1, AR10, AR100 and by size."""
+    """Detectron2's COCOEvaluator for boxes, with the recall that COCO's tools print: AR1, AR10, AR100 and by size.
+
+    Where an image has more objects than detections may count, the results also have the AP without a limit, and the log
+    a warning.
+
+    Args:
+        dataset_name: a registered name.
+        output_dir: where coco_instances_results.json goes; None writes nothing.
+        distributed: whether to collect predictions from all processes.
+        max_detections: of an image that count, at least 10.
+    """
+
+    def __init__(
+        self, dataset_name: str, output_dir: str | None, distributed: bool = True, max_detections: int = 100
+    ) -> None:
+        super().__init__(
+            dataset_name,
+            tasks=("bbox",),
+            distributed=distributed,
+            output_dir=output_dir,
+            max_dets_per_image=max_detections,
+        )
+        self._limit = max_detections
 
     def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: Any = None) -> dict[str, float]:
         results: dict[str, float] = super()._derive_coco_results(coco_eval, iou_type, class_names)
         values = [math.nan] * 6 if coco_eval is None else [float(100 * x) for x in coco_eval.stats[6:12]]
-        recalls = zip(("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"), values, strict=True)
-        return {**results, **{key: math.nan if value < 0 else value for key, value in recalls}}
+        recalls = zip(("AR1", "AR10", f"AR{self._limit}", "ARs", "ARm", "ARl"), values, strict=True)
+        results |= {key: math.nan if value < 0 else value for key, value in recalls}
+        return results if coco_eval is None else {**results, **self._without_limit(coco_eval)}
+
+    def _without_limit(self, coco_eval: Any) -> dict[str, float]:
+        """AP with all detections, where an image has more objects than detections may count; else nothing."""
+        objects: Counter[object] = Counter(a["image_id"] for a in coco_eval.cocoGt.anns.values() if not a["iscrowd"])
+        crowded = [image for image, count in objects.items() if count > self._limit]
+        if not crowded:
+            return {}
+        detections = Counter(a["image_id"] for a in coco_eval.cocoDt.anns.values())
+        most = max(detections.values(), default=0)
+        _logger.warning(
+            "%d images have more than %d objects, at most %d, but only the best %d detections of an image count "
+            "(TEST.EVAL_DETECTIONS): AP@%d counts all that there are",
+            len(crowded), self._limit, max(objects.values()), self._limit, most,
+        )  # fmt: skip
+        if most <= self._limit:
+            return {}
+        wider = COCOeval(coco_eval.cocoGt, coco_eval.cocoDt, "bbox")
+        wider.params.imgIds = coco_eval.params.imgIds
+        wider.params.maxDets = [most]
+        wider.params.areaRng, wider.params.areaRngLbl = wider.params.areaRng[:1], wider.params.areaRngLbl[:1]
+        with contextlib.redirect_stdout(io.StringIO()):
+            wider.evaluate()
+            wider.accumulate()
+        precision = wider.eval["precision"]
+        known = precision[precision > -1]
+        return {f"AP@{most}": 100 * float(known.mean()) if known.size else math.nan}
 
 
 class CocoFormatEvaluator(BoxEvaluator):
@@ -66,13 +126,16 @@ class CocoFormatEvaluator(BoxEvaluator):
     Without annotations in its file only the predictions are written.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None, distributed: bool = True) -> None:
+    def __init__(
+        self, dataset_name: str, output_dir: str | None, distributed: bool = True, max_detections: int = 100
+    ) -> None:
         """See class.
 
         Args:
             dataset_name: the registered name.
             output_dir: where coco_instances_results.json goes; None writes nothing.
             distributed: whether to collect predictions from all ranks.
+            max_detections: see BoxEvaluator.
         """
         known = MetadataCatalog.get(dataset_name)
         # The base class takes the annotation file from the catalog: it is shown a passing entry.
@@ -83,7 +146,7 @@ class CocoFormatEvaluator(BoxEvaluator):
                 json.dump(completed_annotations(dataset_name), file)
             MetadataCatalog[entry] = type(known)(**{**known.as_dict(), "json_file": json_file})
             try:
-                super().__init__(entry, tasks=("bbox",), distributed=distributed, output_dir=output_dir)
+                super().__init__(entry, output_dir, distributed, max_detections)
             finally:
                 MetadataCatalog.pop(entry)
         self._metadata = known

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-_MOST_DETECTIONS = 100  # of an image, as in COCO's evaluation
 IOU = 0.5
 
 
@@ -84,7 +83,10 @@ def match(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray, scores: np.nd
 
 
 def score_images(
-    records: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], class_of: dict[int, int]
+    records: Sequence[dict[str, Any]],
+    results: Sequence[dict[str, Any]],
+    class_of: dict[int, int],
+    limit: int = 100,
 ) -> SetScore:
     """Scores a test set's images.
 
@@ -92,13 +94,14 @@ def score_images(
         records: Detectron2's dataset dicts with annotations whose boxes are x, y, width, height.
         results: entries of COCO's result format.
         class_of: the class number of each category id in the results.
+        limit: the most detections of an image, as in COCO's evaluation.
     """
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for entry in results:
         by_image[entry["image_id"]].append(entry)
     judged = []
     for record in records:
-        found = sorted(by_image[record["image_id"]], key=lambda entry: -entry["score"])[:_MOST_DETECTIONS]
+        found = sorted(by_image[record["image_id"]], key=lambda entry: -entry["score"])[:limit]
         judged.append((record, found, *_judge(record, found, class_of)))
     scores = np.concatenate([np.asarray([d["score"] for d in found]) for _, found, _, _ in judged] or [np.zeros(0)])
     right = np.concatenate([right for _, _, right, _ in judged] or [np.zeros(0, bool)])

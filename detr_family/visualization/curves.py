@@ -155,6 +155,11 @@ def panel_svg(panel: Panel, metrics: Sequence[dict[str, Any]]) -> str:
     figure = Figure(figsize=(5.4, 2.9), layout="constrained")
     FigureCanvasAgg(figure)
     draw_panel(figure.subplots(), panel, metrics)
+    return svg_of(figure)
+
+
+def svg_of(figure: Figure) -> str:
+    """A figure as an SVG element, its text as text."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(text, format="svg", metadata={"Date": None})

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from detr_family.collect_env import collect_env
 from detr_family.config import load_config
 from detr_family.data.datasets.coco import register_datasets
 from detr_family.data.images import read_image
+from detr_family.evaluation.errors import find_errors, write_images
 from detr_family.evaluation.evaluator import inference_folder
 from detr_family.evaluation.image_scores import IOU, ImageScore, SetScore, score_images
 from detr_family.visualization.curves import panel_svg, panels
 from detr_family.visualization.draw import draw_comparison, read_metrics
+from detr_family.visualization.error_charts import confusion_svg, error_tables, precision_recall_svg
 
 _SHOWN_IMAGES = 4  # best, and as many worst
 _LONGEST_SIDE = 520  # of an image on the page, pixels
@@ -236,7 +238,14 @@ def _evaluations(cfg: CfgNode, final: dict[str, dict[str, float]]) -> list[tuple
         def images(name: str = name) -> str:
             return _images(cfg, name)
 
-        sections += [(f"Results on {name}", results), (f"Best and worst images of {name}", images)]
+        def errors(name: str = name) -> str:
+            return _errors(cfg, name)
+
+        sections += [
+            (f"Results on {name}", results),
+            (f"Where it errs on {name}", errors),
+            (f"Best and worst images of {name}", images),
+        ]
     for other, values in final.items():
         if other and other not in cfg.DATASETS.TEST:
 
@@ -283,7 +292,8 @@ def _width(ap: float) -> float:
     return 0.0 if ap != ap else round(0.2 * max(ap, 0.0), 2)
 
 
-def _images(cfg: CfgNode, name: str) -> str:
+def _judged(cfg: CfgNode, name: str) -> tuple[_TestSet, list[dict[str, Any]], SetScore] | str:
+    """A test set with at most so many images, the results on it, and scores; or a note on what is missing."""
     path = Path(inference_folder(cfg, name)) / "coco_instances_results.json"
     if not path.is_file():
         return '<p class="note">There are no results of an evaluation.</p>'
@@ -291,15 +301,42 @@ def _images(cfg: CfgNode, name: str) -> str:
     if not all(record["annotated"] for record in test_set.records):
         return '<p class="note">The set has no annotations to compare with.</p>'
     results = json.loads(path.read_text(encoding="utf-8"))
-    count = len(test_set.records)
-    step = -(-count // _MOST_IMAGES)
-    scored = score_images(test_set.records[::step], results, test_set.numbers)
+    step = -(-len(test_set.records) // _MOST_IMAGES)
+    limit = cfg.TEST.EVAL_DETECTIONS
+    scored = score_images(test_set.records[::step], results, test_set.numbers, limit)
+    return replace(test_set, records=test_set.records[::step]), results, scored
+
+
+def _errors(cfg: CfgNode, name: str) -> str:
+    judged = _judged(cfg, name)
+    if isinstance(judged, str):
+        return judged
+    test_set, results, scored = judged
+    found = find_errors(
+        test_set.records, results, test_set.numbers, test_set.class_names, scored.threshold, cfg.TEST.EVAL_DETECTIONS
+    )
+    write_images(found, Path(inference_folder(cfg, name)) / "images.csv")
+    text = (
+        f"<p>Counts are at a score of {found.threshold:.2f}, IoU 0.5. Kinds are TIDE's (arXiv 2008.08115); the AP50 to "
+        f"gain is what mending one kind alone, at all scores, would add to {found.ap50:.1f}.</p>"
+    )
+    charts = "".join(f"<div>{svg}</div>" for svg in (precision_recall_svg(found), confusion_svg(found)))
+    tables = [f"<h3>{_text(t.title)}</h3>" + _table(t.head, t.rows, t.numbers) for t in error_tables(found)]
+    return f'{text}{tables[0]}<div class="grid">{charts}</div>{"".join(tables[1:])}'
+
+
+def _images(cfg: CfgNode, name: str) -> str:
+    judged = _judged(cfg, name)
+    if isinstance(judged, str):
+        return judged
+    test_set, _, scored = judged
     text = (
         f"<p>At a score of {scored.threshold:.2f} or more, where most is right on all images together (F1 "
         f"{scored.f1:.2f}), {100 * scored.precision:.0f} % of the boxes are right and {100 * scored.recall:.0f} % "
         f"of the objects are found (IoU {IOU:g} or more, class right). It is a threshold to start from in demo.py.</p>"
     )
-    if step > 1:
+    count = len(DatasetCatalog.get(name))
+    if len(scored.images) < count:
         text += f'<p class="note">Judged were {len(scored.images)} of {count} images.</p>'
     best, worst = _extremes(scored)
     for title, chosen in (("Best", best), ("Worst", worst)):

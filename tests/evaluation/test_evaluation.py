@@ -22,6 +22,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detr_family import add_detr_family_config
 from detr_family.data import register_coco_format
 from detr_family.data.dataset_mapper import build_test_loader
 from detr_family.evaluation.evaluator import CocoFormatEvaluator, build_evaluator, inference_folder
@@ -115,6 +116,26 @@ def test_evaluation_without_annotations_writes_predictions_only(coco_folder):
 def test_evaluation_without_one_box(coco_folder):
     register_coco_format("none", write(coco_folder, {"annotations": []}), str(coco_folder))
     assert math.isnan(predict_truth("none", evaluator_for("none", coco_folder))["bbox"]["AP"])
+
+
+@pytest.mark.parametrize("limit", [10, 100])
+def test_more_objects_than_count_are_told_and_counted_beside(coco_folder, limit, caplog):
+    boxes = [[x, y, 4, 4] for x in range(0, 45, 5) for y in range(0, 35, 5)]  # 63
+    annotations = [{"id": i, "image_id": 21, "category_id": 7, "bbox": box, "area": 16} for i, box in enumerate(boxes)]
+    register_coco_format("crowded", write(coco_folder, {"annotations": annotations}), str(coco_folder))
+    cfg = get_cfg()
+    add_detr_family_config(cfg)
+    cfg.OUTPUT_DIR, cfg.TEST.EVAL_DETECTIONS = str(coco_folder / "out"), limit
+    results = predict_truth("crowded", build_evaluator(cfg, "crowded"))["bbox"]
+    if limit == 100:
+        assert results["AP"] == pytest.approx(100) and "AP@63" not in results and not caplog.records
+    else:
+        assert results["AP"] == pytest.approx(100 * 16 / 101) and results["AP@63"] == pytest.approx(100)
+        assert results["AR10"] == pytest.approx(100 * 10 / 63)
+        assert "1 images have more than 10 objects, at most 63" in caplog.text
+    cfg.TEST.EVAL_DETECTIONS = 9
+    with pytest.raises(ValueError, match="EVAL_DETECTIONS is 9"):
+        build_evaluator(cfg, "crowded")
 
 
 def test_unknown_protocol_is_refused():
