@@ -14,7 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import check_class_count, departures, find_config, load_config
-from detr_family.data.datasets.coco import register_datasets
+from detr_family.data.datasets.coco import check_test_sets, register_datasets
 from detr_family.engine import Trainer
 from detr_family.engine.processes import argument_parser, launch
 from detr_family.engine.randomness import run_seed
@@ -48,6 +48,9 @@ def main(args: argparse.Namespace) -> Any:
     with mistakes():
         cfg = setup(args)
         if args.eval_only:
+            check_test_sets(cfg)
+            if not cfg.DATASETS.TEST:
+                raise ValueError("DATASETS.TEST is empty: there is nothing to evaluate on")
             check_class_count(cfg)
             model = Trainer.build_model(cfg)
             checkpointer = DETRCheckpointer(model, cfg.OUTPUT_DIR, whole=True, averaged=cfg.TEST.EMA)

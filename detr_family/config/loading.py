@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,13 @@ from yaml import YAMLError
 from detr_family.config.batch import images_per_forward
 from detr_family.config.defaults import add_detr_family_config
 from detr_family.config.files import find_config, similar
+
+# What yacs says of a text in the place of a tuple or list.
+_MISMATCH = re.compile(
+    r"Type mismatch \(<class '(tuple|list)'> vs\. <class 'str'>\) with values "
+    r"\(.* vs\. (?P<value>.*)\) for config key: (?P<key>\S+)",
+    re.DOTALL,
+)
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -47,14 +55,31 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         raise ValueError(f"{text}{similar(wrong, _keys(cfg))}") from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the config file {config_file} is no YAML: {' '.join(str(error).split())}") from error
-    for key, registry in (("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY), ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY)):
-        name, known = _value(cfg, key), [name for name, _ in registry]
-        if name not in known:
-            raise ValueError(f"{key} is {name!r}, which is not registered{similar(str(name), known)}")
+    except ValueError as error:
+        single = _MISMATCH.search(str(error))
+        if single is None:
+            raise
+        raise ValueError(
+            f"{single['key']} is {single['value']!r}, one text, and must be a tuple, which for one of it needs a "
+            f"comma: ('{single['value']}',)"
+        ) from error
+    check_registered(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No CUDA device is to be had: MODEL.DEVICE is cpu.")
         cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+def check_registered(cfg: CfgNode) -> None:
+    """Whether detector and backbone are registered.
+
+    Raises:
+        ValueError: one is not; similar names are given.
+    """
+    for key, registry in (("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY), ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY)):
+        name, known = _value(cfg, key), [name for name, _ in registry]
+        if name not in known:
+            raise ValueError(f"{key} is {name!r}, which is not registered{similar(str(name), known)}")
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

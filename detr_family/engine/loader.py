@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,30 @@ class TrainLoader:
                 generator=torch.Generator(),  # leaves the global one alone
             )
         )
+
+
+class InParts:
+    """The batches of any loader, each in several parts one after the other.
+
+    Args:
+        loader: gives lists of images.
+        parts: how many a list is divided in.
+    """
+
+    def __init__(self, loader: Iterable[list[dict[str, Any]]], parts: int) -> None:
+        self.loader = loader
+        self.parts = parts
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for batch in self.loader:
+            size, rest = divmod(len(batch), self.parts)
+            if rest or not size:
+                raise ValueError(
+                    f"build_train_loader gave a batch of {len(batch)} images, which cannot be divided into "
+                    f"{self.parts} parts of one size: give SOLVER.IMS_PER_BATCH images over all processes, or set "
+                    "SOLVER.ACCUMULATION_STEPS to 1 and SOLVER.IMAGES_PER_FORWARD to 0"
+                )
+            yield from (batch[i : i + size] for i in range(0, len(batch), size))
 
 
 def _order(cfg: CfgNode, dataset: Dataset[Any], seed: int) -> Callable[[], Iterator[int]]:

@@ -128,7 +128,7 @@ class TrainStep(SimpleTrainer):
         if self.seed is not None:
             seed_all(self.seed, STEP, self.iter, i * comm.get_world_size() + comm.get_rank())
         if len(parts) > 1:
-            counts = [len(x["instances"]) for part in parts for x in part]
+            counts = [len(x.get("instances", ())) for part in parts for x in part]  # the model tells of one without
             stack.enter_context(part_of_batch(counts, len(parts)))
         if isinstance(self.model, DistributedDataParallel) and i < len(parts) - 1:
             stack.enter_context(self.model.no_sync())  # gradients travel once, with the last part

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -18,12 +18,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.config import check_class_count, class_names, parts_of_step
+from detr_family.config import (
+    check_class_count,
+    check_registered,
+    class_names,
+    images_per_forward,
+    parts_of_step,
+)
 from detr_family.data.dataset_mapper import DETRDatasetMapper, build_test_loader
-from detr_family.data.datasets.coco import training_dicts
+from detr_family.data.datasets.coco import check_dataset_names, check_test_sets, register_datasets, training_dicts
 from detr_family.engine.averaging import WeightAverage
 from detr_family.engine.instability import build_instability_hook
-from detr_family.engine.loader import TrainLoader
+from detr_family.engine.loader import InParts, TrainLoader
 from detr_family.engine.optimizer import build_optimizer, clips_full_model
 from detr_family.engine.randomness import run_seed
 from detr_family.engine.schedule import iterations_from_epochs
@@ -48,7 +54,8 @@ class Trainer(DefaultTrainer):
     A resumed run takes its settings from the configuration, not from the checkpoint, and logs those that differ.
 
     Args:
-        cfg: a configuration with detr_family's keys, whose datasets are registered.
+        cfg: a configuration with detr_family's keys; datasets that it does not name in DATASETS.COCO_FORMAT are
+            registered.
 
     Raises:
         ValueError: class counts that disagree, a dataset or a setting that cannot be trained with.
@@ -59,6 +66,10 @@ class Trainer(DefaultTrainer):
         # for the dataset's size between the configuration and the schedule.
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        check_registered(cfg)
+        check_dataset_names(cfg)
+        register_datasets(cfg)
+        check_test_sets(cfg)
         parts = parts_of_step(cfg, comm.get_world_size())
         check_class_count(cfg)
         dataset = training_dicts(cfg)
@@ -69,8 +80,7 @@ class Trainer(DefaultTrainer):
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        loader = TrainLoader(cfg, dataset, DETRDatasetMapper(cfg, True))
-        loader.seed = self.seed
+        loader = self._train_loader(cfg, dataset, parts)
         device_ids = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
         self._trainer = TrainStep(
@@ -85,8 +95,9 @@ class Trainer(DefaultTrainer):
             nonfinite=cfg.SOLVER.NONFINITE,
             output_dir=cfg.OUTPUT_DIR,
         )
+        together = images_per_forward(cfg, comm.get_world_size())
         if parts > 1:
-            _logger.info("Each process computes its share of a batch in %d parts of %d", parts, loader.batch_size)
+            _logger.info("Each process computes its share of a batch in %d parts of %d", parts, together)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
         self.checkpointer = DETRCheckpointer(
@@ -101,10 +112,28 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         hooks = self.build_hooks()
-        instability = build_instability_hook(cfg, dataset, loader.batch_size)
+        instability = build_instability_hook(cfg, dataset, together)
         if instability is not None:
             hooks.insert(1, instability)  # before checkpoints and writers, which take what it has found
         self.register_hooks(hooks)
+
+    def _train_loader(self, cfg: CfgNode, dataset: Sequence[dict[str, Any]], parts: int) -> Iterable[Any]:
+        """What `build_train_loader` gives, which a subclass may have overridden, in parts of a batch."""
+        own: Any = type(self).build_train_loader
+        if getattr(own, "__func__", own) is Trainer.__dict__["build_train_loader"].__func__:
+            # of what has been read already
+            loader: Iterable[Any] = TrainLoader(cfg, dataset, DETRDatasetMapper(cfg, True))
+        else:
+            loader = self.build_train_loader(cfg)
+        if isinstance(loader, TrainLoader):
+            loader.seed = self.seed
+            return loader
+        _logger.warning(
+            "%s.build_train_loader gives a loader of its own, %s: its order of images and its augmentation start anew "
+            "when a run is resumed, and differ with the number of processes and workers",
+            type(self).__name__, type(loader).__name__,
+        )  # fmt: skip
+        return InParts(loader, parts) if parts > 1 else loader
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's; the average moves before it is saved, and is evaluated whenever the weights are."""
@@ -240,7 +269,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Batches of the training set as the detectors are trained on it."""
+        """Batches of the training set as the detectors are trained on it.
+
+        A subclass may give any loader of Detectron2's kind, with a mapper of its own. Given a `TrainLoader`, runs stay
+        as exact as they are: `TrainLoader(cfg, training_dicts(cfg), mapper)`.
+        """
         return TrainLoader(cfg, training_dicts(cfg), DETRDatasetMapper(cfg, True))
 
     @classmethod

@@ -277,6 +277,13 @@ class SetDetector(nn.Module):
 
     def targets(self, batched_inputs: Sequence[dict[str, Any]]) -> Targets:
         """Ground truth of a batch, checked on the host before it can do harm on the device."""
+        bare = next((x for x in batched_inputs if "instances" not in x), None)
+        if bare is not None:
+            raise ValueError(
+                f"{bare.get('file_name', 'an image')} comes without ground truth (no \"instances\"): losses need a "
+                "mapper for training (DETRDatasetMapper(cfg, is_train=True)), predictions a model in evaluation mode "
+                "(model.eval())"
+            )
         instances = [x["instances"] for x in batched_inputs]
         for x, truth in zip(batched_inputs, instances, strict=True):
             if truth.gt_classes.is_cuda:

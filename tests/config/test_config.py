@@ -121,3 +121,11 @@ def test_a_projects_keys_are_added_once_it_is_imported(monkeypatch: pytest.Monke
     assert load_config("", ["MODEL.MINE.LEVELS", "4"]).MODEL.MINE.LEVELS == 4
     with pytest.raises(ValueError, match=r"similar: MODEL\.MINE\.LEVELS"):
         load_config("", ["MODEL.MINE.LEVEL", "4"])
+
+
+@pytest.mark.parametrize("place", ["command line", "file"])
+def test_a_tuple_without_its_comma_is_told(place: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("DATASETS: {TEST: cells_val}\n")
+    arguments = ("", ["DATASETS.TEST", "('cells_val')"]) if place == "command line" else (str(tmp_path / "mine.yaml"),)
+    with pytest.raises(ValueError, match=r"DATASETS\.TEST is 'cells_val', one text.* \('cells_val',\)$"):
+        load_config(*arguments)

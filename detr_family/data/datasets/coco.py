@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.catalog import Metadata
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from detr_family.data.check import DatasetPart, annotation_findings, read_part
 from detr_family.data.datasets.coco_json import CONFIG_KEY, printable, read_categories, read_coco_json
@@ -94,6 +95,59 @@ def register_datasets(cfg: CfgNode) -> None:
                 f"folder], and the whole a list of such: [['cells_train', 'train.json', 'images']]."
             )
         register_coco_format(*entry)
+
+
+def check_dataset_names(cfg: CfgNode) -> None:
+    """Whether DATASETS.TRAIN and DATASETS.TEST are lists of names.
+
+    Raises:
+        ValueError: one is something else, as a single text, whose letters would be taken for names.
+    """
+    for key in ("TRAIN", "TEST"):
+        value = cfg.DATASETS[key]
+        if isinstance(value, str):
+            raise ValueError(
+                f"DATASETS.{key} is {value!r}, one text, and must be a tuple, which for one of it needs a comma: "
+                f"({value!r},)"
+            )
+        if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+            raise ValueError(f"DATASETS.{key} is {value!r}; it must be a tuple of names of datasets")
+
+
+def check_test_sets(cfg: CfgNode) -> None:
+    """Whether every dataset of DATASETS.TEST can be read, before hours of training end with an evaluation.
+
+    Opens no image; datasets in COCO's format are read, of others it is seen that file and folder are there.
+
+    Raises:
+        ValueError: one is not registered, or its annotation file or images are not there or at fault.
+    """
+    check_dataset_names(cfg)
+    for name in cfg.DATASETS.TEST:
+        _check_registered(name, "DATASETS.TEST")
+        try:
+            _check_test_set(name)
+        except ValueError as error:
+            raise ValueError(
+                f"{name!r} in DATASETS.TEST cannot be evaluated on: {error} A training without evaluation has "
+                'DATASETS.TEST "()".'
+            ) from error
+
+
+def _check_test_set(name: str) -> None:
+    metadata = MetadataCatalog.get(name)
+    json_file, root = (metadata.__dict__.get(key) for key in ("json_file", "image_root"))
+    if isinstance(metadata, CocoFormatMetadata):
+        check_images(read_part(name, training=False).records, root)
+        return
+    for kind, path, known in (("annotation file", json_file, PathManager.isfile), ("folder", root, PathManager.isdir)):
+        if path and not known(path):
+            raise ValueError(
+                f"its {kind} {path} is not there (Detectron2's built-in datasets are looked for below the folder in "
+                "the environment variable DETECTRON2_DATASETS)."
+            )
+    if json_file and metadata.get("evaluator_type") == "coco":
+        read_categories(PathManager.get_local_path(json_file))
 
 
 def check_images(dicts: Sequence[dict[str, Any]], image_root: str | None = None) -> None:
