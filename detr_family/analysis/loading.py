@@ -23,6 +23,7 @@ from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import check_class_count, class_names, load_config, num_classes
 from detr_family.data.dataset_mapper import DETRDatasetMapper
 from detr_family.data.datasets.coco import register_datasets
+from detr_family.data.images import to_rgb
 from detr_family.modeling.set_detector import SetDetector
 from detr_family.modeling.structures import SetPrediction, Targets
 
@@ -180,9 +181,7 @@ class Image:
 def map_image(cfg: CfgNode, mapper: DETRDatasetMapper, record: dict[str, Any]) -> Image:
     """Read and resize one image as evaluation does."""
     inputs = mapper(record)
-    pixels = inputs["image"].permute(1, 2, 0).numpy()
-    if cfg.INPUT.FORMAT == "BGR":
-        pixels = pixels[..., ::-1]
+    pixels = to_rgb(inputs["image"].permute(1, 2, 0).numpy(), cfg.INPUT.FORMAT)
     annotations = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
     truth = annotations_to_instances(
         [{k: v for k, v in a.items() if k in ("bbox", "bbox_mode", "category_id")} for a in annotations],

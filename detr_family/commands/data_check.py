@@ -31,6 +31,7 @@ from detr_family.data.check import (
 from detr_family.data.dataset_mapper import DETRDatasetMapper
 from detr_family.data.datasets.coco import check_class_names, register_datasets
 from detr_family.data.datasets.folder import apply_folder
+from detr_family.data.images import to_rgb
 from detr_family.visualization.draw import contact_sheet, draw_boxes
 
 EXIT_STATUS = {"note": 0, "warning": 1, "error": 2}
@@ -131,8 +132,7 @@ def _cell(
         text = "\n".join(str(error)[i : i + 48] for i in range(0, 480, 48))
         ImageDraw.Draw(blank).multiline_text((8, 8), text, fill="black")
         return blank, f"{title}: cannot be used"
-    pixels = mapped["image"].permute(1, 2, 0).numpy()
-    pixels = pixels[:, :, ::-1] if image_format == "BGR" else pixels
+    pixels = to_rgb(mapped["image"].permute(1, 2, 0).numpy(), image_format)
     height, width = pixels.shape[:2]
     scale = min(360 / max(height, width), 8.0)
     size = max(round(width * scale), 1), max(round(height * scale), 1)

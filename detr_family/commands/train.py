@@ -9,11 +9,13 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import check_class_count, departures, find_config, load_config
+from detr_family.config.ignored import warn_of_ignored
 from detr_family.data.datasets.coco import check_test_sets, register_datasets
 from detr_family.engine import Trainer
 from detr_family.engine.processes import argument_parser, launch
@@ -48,6 +50,7 @@ def main(args: argparse.Namespace) -> Any:
     with mistakes():
         cfg = setup(args)
         if args.eval_only:
+            warn_of_ignored(cfg)
             check_test_sets(cfg)
             if not cfg.DATASETS.TEST:
                 raise ValueError("DATASETS.TEST is empty: there is nothing to evaluate on")
@@ -62,6 +65,8 @@ def main(args: argparse.Namespace) -> Any:
         return trainer.train()
     results = Trainer.test(cfg, model)
     Trainer.test_final(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)  # with TEST.EXPECTED_RESULTS, as a training does at its end
     return results
 
 

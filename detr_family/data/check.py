@@ -201,6 +201,9 @@ def _scan_findings(part: DatasetPart, scan: CocoScan) -> list[Finding]:
     if scan.without_size:
         text = f"{len(scan.without_size)} images have no width and height in the file: their headers are read instead"
         found.append(_finding("note", "pictures_without_size", part, scan.without_size, text))
+    if scan.backslashes:
+        text = f'{len(scan.backslashes)} file names have backslashes; the images are found with "/" in their place'
+        found.append(_finding("note", "backslashes", part, scan.backslashes, text))
     renamed = [name for name, i in zip(part.class_names, part.category_ids, strict=True) if name.endswith(f"(id {i})")]
     if renamed:
         found.append(_finding("warning", "repeated_class_names", part, renamed, "classes of the same name"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
@@ -21,10 +23,10 @@ def read_image(path: str, image_format: str) -> np.ndarray:
 
     Args:
         path: the file.
-        image_format: "RGB" or "BGR" (INPUT.FORMAT).
+        image_format: "RGB", "BGR" or another of Detectron2's INPUT.FORMAT.
 
     Returns:
-        (H, W, 3) uint8.
+        (H, W, C) uint8.
 
     Raises:
         ImageError: the file is missing, damaged, no image, or has more than 8 bits a channel.
@@ -35,6 +37,36 @@ def read_image(path: str, image_format: str) -> np.ndarray:
     except Exception as error:  # whatever a damaged file makes the decoder raise
         raise unreadable(path, error) from error
     return image
+
+
+def to_format(rgb: np.ndarray, image_format: str) -> np.ndarray:
+    """An RGB image (H, W, 3) uint8 as the detectors see it: (H, W, C) in `image_format` (INPUT.FORMAT).
+
+    Raises:
+        ValueError: Detectron2 has no such format.
+    """
+    if image_format in ("RGB", "BGR"):
+        return rgb if image_format == "RGB" else rgb[:, :, ::-1]
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    try:
+        converted: np.ndarray = detection_utils.convert_PIL_to_numpy(image, image_format)
+    except Exception as error:  # PIL's, of several kinds
+        raise ValueError(f"INPUT.FORMAT is {image_format!r}, which no image can be read in: {error}") from error
+    return np.array(converted)  # PIL's cannot be written to
+
+
+def to_rgb(pixels: np.ndarray, image_format: str) -> np.ndarray:
+    """What a detector sees, (H, W, C) in `image_format` (INPUT.FORMAT), for people to look at: (H, W, 3) RGB, uint8.
+
+    Channels beyond the third, as an own mapper may give, are left out.
+    """
+    if image_format == "BGR":
+        return pixels[:, :, 2::-1]
+    if pixels.dtype == np.uint8 and image_format in ("CMYK", "YCbCr", "HSV", "LAB") and pixels.shape[2] > 2:
+        return np.asarray(Image.fromarray(pixels, image_format).convert("RGB"))
+    if pixels.shape[2] < 3:
+        pixels = pixels[:, :, :1].repeat(3, axis=2)
+    return pixels[:, :, :3].astype(np.uint8)
 
 
 def check_depth(path: str, remedy: str = "Restore the file.") -> None:
@@ -81,5 +113,23 @@ def shown_size(path: str, remedy: str = "Restore the file, or take it out of the
 
 
 def unreadable(path: str, error: Exception, remedy: str = "Restore the file.") -> ImageError:
-    """The error that names a damaged image, and says what to do."""
+    """The error that names an image which cannot be read, and says what to do.
+
+    Args:
+        path: the file.
+        error: what reading it raised.
+        remedy: what to tell the user to do where the file is missing or damaged.
+    """
+    if isinstance(error, Image.DecompressionBombError):
+        remedy = (
+            "The file may be intact: Pillow refuses images of more than twice PIL.Image.MAX_IMAGE_PIXELS, "
+            f"{Image.MAX_IMAGE_PIXELS}. Cut it into tiles or make it smaller; or, if you trust where it comes from, "
+            "set PIL.Image.MAX_IMAGE_PIXELS (None: no limit) in your program."
+        )
+    elif isinstance(error, PermissionError):
+        remedy = "Give this process the right to read it."
+    elif isinstance(error, MemoryError):
+        remedy = "Memory does not suffice: lower DATALOADER.NUM_WORKERS, or make the image smaller."
+    elif isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        remedy = "The file may be intact: look to the disk or network folder that it is on, and to the system's limits."
     return ImageError(f"The image {path} cannot be read ({type(error).__name__}: {error}). {remedy}")

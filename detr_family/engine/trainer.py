@@ -25,6 +25,7 @@ from detr_family.config import (
     images_per_forward,
     parts_of_step,
 )
+from detr_family.config.ignored import warn_of_ignored
 from detr_family.data.dataset_mapper import DETRDatasetMapper, build_test_loader
 from detr_family.data.datasets.coco import check_dataset_names, check_test_sets, register_datasets, training_dicts
 from detr_family.engine.averaging import WeightAverage
@@ -67,6 +68,8 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_registered(cfg)
+        own = {"SOLVER": "build_optimizer", "INPUT": "build_train_loader", "TEST": "build_evaluator"}
+        warn_of_ignored(cfg, [group for group, method in own.items() if self._overrides(method)])
         check_dataset_names(cfg)
         register_datasets(cfg)
         check_test_sets(cfg)
@@ -117,14 +120,17 @@ class Trainer(DefaultTrainer):
             hooks.insert(1, instability)  # before checkpoints and writers, which take what it has found
         self.register_hooks(hooks)
 
+    def _overrides(self, method: str) -> bool:
+        """Whether a subclass has a method of its own in the place of this class's."""
+        own: Any = getattr(type(self), method)
+        return getattr(own, "__func__", own) is not Trainer.__dict__[method].__func__
+
     def _train_loader(self, cfg: CfgNode, dataset: Sequence[dict[str, Any]], parts: int) -> Iterable[Any]:
         """What `build_train_loader` gives, which a subclass may have overridden, in parts of a batch."""
-        own: Any = type(self).build_train_loader
-        if getattr(own, "__func__", own) is Trainer.__dict__["build_train_loader"].__func__:
-            # of what has been read already
-            loader: Iterable[Any] = TrainLoader(cfg, dataset, DETRDatasetMapper(cfg, True))
-        else:
-            loader = self.build_train_loader(cfg)
+        if self._overrides("build_train_loader"):
+            loader: Iterable[Any] = self.build_train_loader(cfg)
+        else:  # of what has been read already
+            loader = TrainLoader(cfg, dataset, DETRDatasetMapper(cfg, True))
         if isinstance(loader, TrainLoader):
             loader.seed = self.seed
             return loader

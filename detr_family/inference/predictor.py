@@ -27,7 +27,7 @@ from detr_family.checkpoint import DETRCheckpointer, read_class_names
 from detr_family.config import load_config
 from detr_family.data.dataset_mapper import ResizeShortestEdge
 from detr_family.data.datasets.coco import register_datasets
-from detr_family.data.images import read_image
+from detr_family.data.images import read_image, to_format
 
 # A path, or the pixels: (H, W, 3) uint8.
 ImageSource = str | os.PathLike[str] | np.ndarray
@@ -58,7 +58,7 @@ class Predictor:
     Args:
         model: a detector with Detectron2's contract; it is put into evaluation mode.
         class_names: by class number; None where they are not known.
-        input_format: the channel order that the model was trained with (INPUT.FORMAT), "RGB" or "BGR".
+        input_format: what the model was trained with (INPUT.FORMAT): "RGB", "BGR", "L" or another of Detectron2's.
         min_size: the shorter side that images are resized to, pixels (INPUT.MIN_SIZE_TEST); 0 leaves them.
         max_size: the most that the longer side may then have (INPUT.MAX_SIZE_TEST).
         resize_rounding: how sides become whole pixels (INPUT.RESIZE_ROUNDING), "detr" or "detectron2".
@@ -81,7 +81,7 @@ class Predictor:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        _check_format(input_format, "INPUT.FORMAT")
+        to_format(np.zeros((1, 1, 3), np.uint8), input_format)  # whether there is such a format
         self.model = model.eval()
         self.class_names = None if class_names is None else list(class_names)
         self.input_format = input_format
@@ -171,7 +171,8 @@ class Predictor:
             on_error: called with an image that cannot be read, and why; the rest goes on. By default the
                 error is raised.
         """
-        _check_format(array_format, "array_format")
+        if array_format not in ("RGB", "BGR"):
+            raise ValueError(f"array_format is {array_format!r}; it may be 'RGB' or 'BGR'")
         batch: list[tuple[ImageSource, np.ndarray]] = []
         for source in images:
             try:
@@ -209,8 +210,7 @@ class Predictor:
     def _predict(self, batch: Sequence[tuple[ImageSource, np.ndarray]]) -> Iterator[Prediction]:
         inputs = []
         for _, image in batch:
-            seen = image if self.input_format == "RGB" else image[:, :, ::-1]
-            augmented = T.AugInput(np.ascontiguousarray(seen))
+            augmented = T.AugInput(np.ascontiguousarray(to_format(image, self.input_format)))
             self.resize(augmented)
             tensor = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
             inputs.append({"image": tensor, "height": image.shape[0], "width": image.shape[1]})
@@ -230,8 +230,3 @@ def names_of_datasets(cfg: CfgNode, count: int) -> list[str] | None:
         if names is not None and len(names) == count:
             return list(names)
     return None
-
-
-def _check_format(channels: str, key: str) -> None:
-    if channels not in ("RGB", "BGR"):
-        raise ValueError(f"{key} is {channels!r}; it may be 'RGB' or 'BGR'")

@@ -168,11 +168,17 @@ def check_images(dicts: Sequence[dict[str, Any]], image_root: str | None = None)
         names = [names[i * len(names) // _CHECKED_IMAGES] for i in range(_CHECKED_IMAGES)]
     missing = [printable(name) for name in names if not os.path.isfile(name)]
     if missing:
+        remedy = "Correct the folder"
+        if any("\\" in name for name in missing):
+            remedy = (
+                'File names have backslashes, as Windows writes them, and with "/" in their place they are not there '
+                "either: write them into the annotation file as they stand below the folder, or correct the folder"
+            )
         examples = ", ".join(missing[:_NAMED_EXAMPLES]) + (", ..." if len(missing) > _NAMED_EXAMPLES else "")
         raise ValueError(
             f"{len(missing)} of {len(names)} images looked for are missing from the image folder "
-            f"{image_root or os.path.dirname(missing[0])}: {examples}. Restore them or correct the folder in "
-            f"{CONFIG_KEY} (for Detectron2's built-in datasets: the environment variable DETECTRON2_DATASETS)."
+            f"{image_root or os.path.dirname(missing[0])}: {examples}. {remedy} in {CONFIG_KEY} "
+            "(for Detectron2's built-in datasets: the environment variable DETECTRON2_DATASETS)."
         )
 
 

@@ -60,6 +60,7 @@ class CocoScan:
         num_annotations: entries of "annotations"; None where the file has no such list.
         repeated_ids: annotation ids that occur more than once, as texts.
         without_size: names of images whose entry has no width and height, and whose header was read.
+        backslashes: file names with backslashes, as Windows has them, whose images were found with "/" in their place.
     """
 
     records: list[dict[str, Any]]
@@ -67,6 +68,7 @@ class CocoScan:
     num_annotations: int | None
     repeated_ids: list[str]
     without_size: list[str]
+    backslashes: list[str]
 
     @property
     def num_left_out(self) -> int:
@@ -109,11 +111,11 @@ def scan_coco_json(json_file: str, image_root: str) -> CocoScan:
     """
     data = _load(json_file)
     class_numbers = {category: number for number, category in enumerate(_categories(json_file, data))}
-    records, without_size = _images(json_file, image_root, data["images"])
+    records, without_size, backslashes = _images(json_file, image_root, data["images"])
     ordered = [records[image_id] for image_id in sorted(records)]
     annotations = data.get("annotations")
     if annotations is None:
-        return CocoScan(ordered, {}, None, [], without_size)
+        return CocoScan(ordered, {}, None, [], without_size, backslashes)
     if not isinstance(annotations, list):
         raise _fault(json_file, f'"annotations" is {_short(annotations)}', "It must be a list.")
 
@@ -127,18 +129,19 @@ def scan_coco_json(json_file: str, image_root: str) -> CocoScan:
         label = f"id {_short(annotation['id'])}" if "id" in annotation else f"annotations[{index}]"
         if "id" in annotation:
             ids[label] += 1
-        image_id, category = annotation.get("image_id"), annotation.get("category_id")
-        if not _is_integer(image_id) or image_id not in records:
+        image_id, category = _integer(annotation.get("image_id")), _integer(annotation.get("category_id"))
+        if image_id is None or image_id not in records:
             raise _fault(
                 json_file,
-                f'annotation {label} has image_id {_short(image_id)}, which no entry of "images" declares',
+                f'annotation {label} has image_id {_short(annotation.get("image_id"))}, which no entry of "images" '
+                "declares",
                 "Add the image or remove the annotation.",
             )
-        if not _is_integer(category) or category not in class_numbers:
+        if category is None or category not in class_numbers:
             raise _fault(
                 json_file,
-                f'annotation {label} has category_id {_short(category)}; declared in "categories" are '
-                f"{_short(list(class_numbers))}",
+                f'annotation {label} has category_id {_short(annotation.get("category_id"))}; declared in "categories" '
+                f"are {_short(list(class_numbers))}",
                 "Add the category or correct the annotation.",
             )
         crowd = [_flag(json_file, label, annotation, key) for key in ("iscrowd", "ignore")]
@@ -157,7 +160,7 @@ def scan_coco_json(json_file: str, image_root: str) -> CocoScan:
                 }
             )
     repeated = [label.removeprefix("id ") for label, count in ids.items() if count > 1]
-    return CocoScan(ordered, dict(faults), len(annotations), repeated, without_size)
+    return CocoScan(ordered, dict(faults), len(annotations), repeated, without_size, backslashes)
 
 
 def _flag(json_file: str, label: str, annotation: dict[str, Any], key: str) -> bool:
@@ -182,8 +185,11 @@ def _short(value: object) -> str:
     return text if len(text) <= 120 else text[:120] + " ..."
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _integer(value: object) -> int | None:
+    """A whole number, which some exporters write as 1.0; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _load(json_file: str) -> dict[str, Any]:
@@ -220,11 +226,11 @@ def _load(json_file: str) -> dict[str, Any]:
 
 
 def _unique_id(json_file: str, key: str, index: int, entry: dict[str, Any], known: dict[int, Any]) -> int:
-    identifier = entry.get("id")
-    if not _is_integer(identifier):
+    identifier = _integer(entry.get("id"))
+    if identifier is None:
         raise _fault(
             json_file,
-            f"{key}[{index}] has the id {_short(identifier)}",
+            f"{key}[{index}] has the id {_short(entry.get('id'))}",
             "Ids must be integers; renumber them here and in the annotations.",
         )
     if identifier in known:
@@ -233,7 +239,7 @@ def _unique_id(json_file: str, key: str, index: int, entry: dict[str, Any], know
             f"{key}[{index}] repeats the id {identifier}",
             f'Every entry of "{key}" needs an id of its own.',
         )
-    return int(identifier)  # type: ignore[arg-type]
+    return identifier
 
 
 def _categories(json_file: str, data: dict[str, Any]) -> dict[int, str]:
@@ -254,10 +260,11 @@ def _categories(json_file: str, data: dict[str, Any]) -> dict[int, str]:
 
 def _images(
     json_file: str, image_root: str, entries: list[dict[str, Any]]
-) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """Records by image id, and the names of those whose size came from the image."""
+) -> tuple[dict[int, dict[str, Any]], list[str], list[str]]:
+    """Records by image id, names of those whose size came from the image, and of those found by other slashes."""
     records: dict[int, dict[str, Any]] = {}
-    without_size = []
+    without_size: list[str] = []
+    backslashes: list[str] = []
     for index, entry in enumerate(entries):
         identifier = _unique_id(json_file, "images", index, entry, records)
         name = entry.get("file_name")
@@ -268,6 +275,11 @@ def _images(
                 f"It must be a path below {image_root}.",
             )
         path = os.path.join(image_root, name)
+        if "\\" in name and not os.path.isfile(path):  # as Windows writes it
+            slashed = os.path.join(image_root, name.replace("\\", "/"))
+            if os.path.isfile(slashed):
+                path = slashed
+                backslashes.append(name)
         sides = [_side(entry.get(key)) for key in ("width", "height")]
         width, height = sides if all(sides) else _size_from_header(json_file, path)
         if not all(sides):
@@ -281,14 +293,12 @@ def _images(
         records[identifier] = {"file_name": path, "height": height, "width": width, "image_id": identifier}
     if not records:
         raise _fault(json_file, '"images" is empty: the dataset has no images', "Give a file with images.")
-    return records, without_size
+    return records, without_size, backslashes
 
 
 def _side(value: object) -> int:
     """An image's width or height in pixels where the file gives a usable one (640.0 is), else 0."""
-    if _is_integer(value) or (isinstance(value, float) and value.is_integer()):
-        return max(int(value), 0)  # type: ignore[call-overload]
-    return 0
+    return max(_integer(value) or 0, 0)
 
 
 def _size_from_header(json_file: str, path: str) -> tuple[int, int]:
