@@ -168,7 +168,7 @@ def check_images(dicts: Sequence[dict[str, Any]], image_root: str | None = None)
         names = [names[i * len(names) // _CHECKED_IMAGES] for i in range(_CHECKED_IMAGES)]
     missing = [printable(name) for name in names if not os.path.isfile(name)]
     if missing:
-        remedy = "Correct the folder"
+        remedy = "Restore them or correct the folder"
         if any("\\" in name for name in missing):
             remedy = (
                 'File names have backslashes, as Windows writes them, and with "/" in their place they are not there '
