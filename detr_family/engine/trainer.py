@@ -71,7 +71,7 @@ class Trainer(DefaultTrainer):
         own = {"SOLVER": "build_optimizer", "INPUT": "build_train_loader", "TEST": "build_evaluator"}
         warn_of_ignored(cfg, [group for group, method in own.items() if self._overrides(method)])
         check_dataset_names(cfg)
-        register_datasets(cfg)
+        cfg = _registered(cfg)
         check_test_sets(cfg)
         parts = parts_of_step(cfg, comm.get_world_size())
         check_class_count(cfg)
@@ -291,6 +291,17 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """The COCO evaluator, writing to OUTPUT_DIR/inference; see `evaluation.evaluator.inference_folder`."""
         return build_evaluator(cfg, dataset_name)
+
+
+def _registered(cfg: CfgNode) -> CfgNode:
+    """A copy of a configuration whose own datasets are registered, those of a folder among them."""
+    frozen = cfg.is_frozen()
+    cfg = cfg.clone()
+    cfg.defrost()
+    register_datasets(cfg)
+    if frozen:
+        cfg.freeze()
+    return cfg
 
 
 def _recipe(cfg: CfgNode) -> dict[str, Any]:

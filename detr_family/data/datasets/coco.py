@@ -98,12 +98,12 @@ def register_datasets(cfg: CfgNode) -> None:
 
 
 def check_dataset_names(cfg: CfgNode) -> None:
-    """Whether DATASETS.TRAIN and DATASETS.TEST are lists of names.
+    """Whether DATASETS.TRAIN, TEST and FINAL_TEST are lists of names.
 
     Raises:
         ValueError: one is something else, as a single text, whose letters would be taken for names.
     """
-    for key in ("TRAIN", "TEST"):
+    for key in ("TRAIN", "TEST", "FINAL_TEST"):
         value = cfg.DATASETS[key]
         if isinstance(value, str):
             raise ValueError(
@@ -115,7 +115,7 @@ def check_dataset_names(cfg: CfgNode) -> None:
 
 
 def check_test_sets(cfg: CfgNode) -> None:
-    """Whether every dataset of DATASETS.TEST can be read, before hours of training end with an evaluation.
+    """Whether every dataset of DATASETS.TEST and FINAL_TEST can be read, before hours of training end in an evaluation.
 
     Opens no image; datasets in COCO's format are read, of others it is seen that file and folder are there.
 
@@ -123,15 +123,16 @@ def check_test_sets(cfg: CfgNode) -> None:
         ValueError: one is not registered, or its annotation file or images are not there or at fault.
     """
     check_dataset_names(cfg)
-    for name in cfg.DATASETS.TEST:
-        _check_registered(name, "DATASETS.TEST")
-        try:
-            _check_test_set(name)
-        except ValueError as error:
-            raise ValueError(
-                f"{name!r} in DATASETS.TEST cannot be evaluated on: {error} A training without evaluation has "
-                'DATASETS.TEST "()".'
-            ) from error
+    for key in ("DATASETS.TEST", "DATASETS.FINAL_TEST"):
+        for name in cfg.DATASETS[key.partition(".")[2]]:
+            _check_registered(name, key)
+            try:
+                _check_test_set(name)
+            except ValueError as error:
+                raise ValueError(
+                    f"{name!r} in {key} cannot be evaluated on: {error} A training without this evaluation has "
+                    f'{key} "()".'
+                ) from error
 
 
 def _check_test_set(name: str) -> None:
