@@ -1,13 +1,12 @@
-"""Loading weights: the five papers' released files as they are, ImageNet backbones, and one's own checkpoints.
+"""Loading weights: published detectors as they are, ImageNet backbones, and one's own checkpoints.
 
-A file is told by the names in it (`detr_family.checkpoint.releases`).
+Whose a file is, is told by the names in it (`detr_family.checkpoint.formats`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,24 +17,18 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from detr_family.checkpoint import formats
 from detr_family.checkpoint.downloads import ZOO, is_address
-from detr_family.checkpoint.files import UNFINISHED, is_whole, load_pickle, load_torch, replacing
-from detr_family.checkpoint.releases import (
-    CLASS_ROWS,
-    COCO_IDS,
-    COCO_NAMES,
-    DETREX_NAME,
-    SWIN_INDICES,
-    convert_released,
-    convert_swin,
-    resnet_name,
-)
+from detr_family.checkpoint.files import UNFINISHED, is_whole, load, replacing
+from detr_family.checkpoint.releases import SWIN_INDICES
+from detr_family.checkpoint.rows import CLASS_ROWS, COCO_IDS, COCO_NAMES, match_rows
+from detr_family.checkpoint.transformers import FILES
 
 _logger = logging.getLogger(__name__)
 
 
 class DETRCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer that also loads the five papers' releases and refuses what does not fit.
+    """Detectron2's checkpointer that also loads published detectors and refuses what does not fit.
 
     Files are unpickled with `weights_only`; of other classes, releases may hold an `argparse.Namespace`.
 
@@ -167,8 +160,9 @@ class DETRCheckpointer(DetectionCheckpointer):
         """Load a checkpoint; what was stored beside weights and checkpointables is returned.
 
         Args:
-            path: a file; an address (https://, hf://, torchvision://: see `detr_family.checkpoint.downloads`; or of
-                Detectron2's, detectron2://); or a name of `detr_family.model_zoo`. Empty loads nothing.
+            path: a file; a folder that transformers' `save_pretrained` wrote; an address (https://, hf://,
+                torchvision://: see `detr_family.checkpoint.downloads`; or of Detectron2's, detectron2://); or a name of
+                `detr_family.model_zoo`. Empty loads nothing.
             args: passed on to Detectron2.
             kwargs: passed on to Detectron2.
 
@@ -180,6 +174,8 @@ class DETRCheckpointer(DetectionCheckpointer):
         if path and not is_address(path) and not os.path.splitext(path)[1] and not os.path.exists(path):
             path = f"{ZOO}{path}"
         self._path = path
+        if os.path.isdir(path):
+            path = next((x for x in (os.path.join(path, name) for name in FILES) if os.path.isfile(x)), path)
         try:
             if path:
                 self._require_file(path)
@@ -204,51 +200,47 @@ class DETRCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
-            loaded = load_pickle(filename) if filename.endswith(".pkl") else load_torch(filename)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, UnicodeDecodeError, TypeError, KeyError) as error:
+            loaded = load(filename)
+        except ValueError as error:
             raise ValueError(f"{self._path} is not a checkpoint that can be loaded safely: {error}") from error
-        model = loaded.get("model") if isinstance(loaded, dict) else None
+        model = loaded.get("model")
         if not isinstance(model, dict) or not model or not all(isinstance(name, str) for name in model):
             raise ValueError(f"{self._path} holds no weights: a dict of tensors, or one under 'model', is needed")
         if "matching_heuristics=True" in self._path.partition("?")[2]:  # as Detectron2's addresses may end
             loaded["matching_heuristics"] = True
+        loaded.setdefault("config", formats.read_config(os.path.dirname(filename)))
         return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         if self.averaged:
-            if not isinstance(checkpoint.get("ema"), dict):
+            averaged = checkpoint.get("ema")
+            averaged = averaged.get("model") if isinstance(averaged, dict) else checkpoint.get("ema_state")  # detrex's
+            if not isinstance(averaged, dict):
                 raise ValueError(
                     f"{self._path} has no averaged weights, as it was trained without SOLVER.EMA.ENABLED: "
                     "set TEST.EMA False"
                 )
-            checkpoint["model"] = checkpoint["ema"]["model"]
-        state = {re.sub(r"^module\.", "", k): v for k, v in checkpoint["model"].items()}
-        backbone_only = bool(checkpoint.get("matching_heuristics"))
-        if any(DETREX_NAME.match(name) for name in state):
-            raise ValueError(
-                f"{self._path} is a checkpoint of detrex, whose detectors are not the papers' releases: its DINO, for "
-                "one, has a position encoding of temperature 10000 with an offset of -0.5, 80 classes and heads of "
-                "their own for each decoder layer, so that these weights would be wrong here without an error. Load "
-                "the paper's own release, or train"
-            )
-        if any(name.startswith("backbone.0.") for name in state):
-            checkpoint["class_names"] = _class_names(checkpoint)
+            checkpoint["model"] = averaged
+        found = checkpoint["model"] = {re.sub(r"^module\.", "", k): v for k, v in checkpoint["model"].items()}
+        origin = formats.recognise(found)
+        backbone_only = bool(checkpoint.get("matching_heuristics")) or (origin is not None and origin.backbone_only)
+        state, belongs = found, ""
+        if origin is not None:
+            checkpoint["class_names"] = formats.class_names(checkpoint)
             by_name = self.class_rows == "match" and checkpoint["class_names"] == COCO_NAMES
             classes = getattr(self.model, "num_classes", -1)
-            proposals = {k for k, v in self.model.state_dict().items() if v.dim() and len(v) == classes + 1}
-            state = convert_released(state, len(COCO_IDS) if by_name else classes, proposals)
-        elif "layer1.0.conv1.weight" in state:  # torchvision's ResNet
-            backbone_only = True
-            state = {
-                "backbone." + resnet_name(k): v
-                for k, v in state.items()
-                if not k.startswith("fc.") and not k.endswith("num_batches_tracked")
-            }
-        elif "layers.0.blocks.0.attn.qkv.weight" in state:  # Swin's authors'
-            backbone_only = True
-            state = convert_swin(state)
-            self._check_swin(state)
+            one_more = {k for k, v in self.model.state_dict().items() if v.dim() and len(v) == classes + 1}
+            try:
+                state = origin.convert(found, len(COCO_IDS) if by_name else classes, one_more)
+            except ValueError as error:
+                raise ValueError(f"{self._path} cannot be loaded: {error}") from error
+            if not backbone_only:
+                belongs = formats.belongs_to(origin, found, state, checkpoint["config"])
         state = {k: v for k, v in state.items() if not SWIN_INDICES.search(k)}  # Detectron2 keeps them
+        if not backbone_only and (wrong := formats.share(state, self.model)):
+            self._refuse(f"{self._path} does not fit {type(self.model).__name__} as configured: {wrong}", belongs)
+        if origin is not None and origin.name == "Swin's authors":
+            self._check_swin(state)
         if self.class_rows == "match" and not backbone_only:
             self._match_rows(state, checkpoint.get("class_names"))
         elif self.class_rows == "new" and not backbone_only:
@@ -257,7 +249,9 @@ class DETRCheckpointer(DetectionCheckpointer):
             _logger.info("Rows of all classes start as in a new model: %s", ", ".join(fresh))
         checkpoint["model"] = state
         if not backbone_only:
-            self._check(checkpoint)
+            self._check(checkpoint, belongs)
+            if origin is not None and (wrong := formats.unfit(origin, found, state, checkpoint["config"], self.model)):
+                self._refuse(f"{self._path} is {origin.name}'s and would be wrong in this model: {wrong}", belongs)
         elif self.whole:
             raise ValueError(
                 f"{self._path} holds a backbone without a detector: name a detector's checkpoint in MODEL.WEIGHTS"
@@ -280,26 +274,16 @@ class DETRCheckpointer(DetectionCheckpointer):
             raise ValueError(
                 f"MODEL.DETR.CLASS_ROWS is 'match', but {nameless} does not name its classes: 'new' keeps no rows"
             )
-        if list(theirs) == list(ours):
-            return
-        places = {_plain_name(name): i for i, name in reversed(list(enumerate(theirs)))}
-        kept = [(i, places[_plain_name(name)]) for i, name in enumerate(ours) if _plain_name(name) in places]
-        model = self.model.state_dict()
-        for name in [name for name in state if CLASS_ROWS.search(name) and name in model]:
-            rows, old = model[name].detach().cpu().clone(), torch.as_tensor(state[name])
-            extra = len(rows) - len(ours)  # no-object, or the unknown label of denoising: the last row
-            if extra not in (0, 1) or len(old) - len(theirs) != extra or old.shape[1:] != rows.shape[1:]:
-                continue  # told with everything else that does not fit
-            for i, j in kept:
-                rows[i] = old[j]
-            if extra:
-                rows[-1] = old[-1]
-            state[name] = rows
-        new = [name for i, name in enumerate(ours) if i not in dict(kept)]
-        _logger.info(
-            "Classes of %s: %d rows are kept (%s), %d start as in a new model (%s)",
-            self._path, len(kept), ", ".join(ours[i] for i, _ in kept) or "none", len(new), ", ".join(new) or "none",
-        )  # fmt: skip
+        if list(theirs) != list(ours):
+            match_rows(state, theirs, ours, self.model.state_dict(), self._path)
+
+    def _refuse(self, message: str, belongs: str) -> None:
+        """An error, or a warning where that was asked for, that names the config file to use if there is one."""
+        if belongs:
+            message += f". The weights look like those of {belongs}: use that config file"
+        if self.strict:
+            raise ValueError(message)
+        _logger.warning(message)
 
     def _check_swin(self, state: dict[str, Tensor]) -> None:
         """Refuse an ImageNet Swin of another size or window: Detectron2 would leave out what does not fit."""
@@ -323,7 +307,7 @@ class DETRCheckpointer(DetectionCheckpointer):
                 + ". Set MODEL.BACKBONE.NAME to build_swin_backbone, and MODEL.SWIN.SIZE and WINDOW_SIZE to the file's"
             )
 
-    def _check(self, checkpoint: dict[str, Any]) -> None:
+    def _check(self, checkpoint: dict[str, Any], belongs: str) -> None:
         """Compare names and shapes before anything is loaded."""
         state, model = checkpoint["model"], self.model.state_dict()
         shapes = {
@@ -372,11 +356,11 @@ class DETRCheckpointer(DetectionCheckpointer):
             message = (
                 f"{self._path} does not fit {type(self.model).__name__} as configured: "
                 + "; ".join(filter(None, parts))
-                + ". Use the config file that the checkpoint was trained with"
+                + ("" if belongs else ". Use the config file that the checkpoint was trained with")
             )
-        if self.strict:
-            raise ValueError(message)
-        log.warning(message)
+            self._refuse(message, belongs)
+            return
+        self._refuse(message, "")
 
 
 class _Reader(DETRCheckpointer):
@@ -395,7 +379,7 @@ def read_class_names(path: str) -> list[str] | None:
         path: as for `DETRCheckpointer.load`.
 
     Returns:
-        The names; COCO's 80 for a paper's released file; None where the file does not say.
+        The names; COCO's 80 for a published COCO detector; None where the file does not say.
 
     Raises:
         FileNotFoundError: there is no such file, or it cannot be fetched.
@@ -403,22 +387,7 @@ def read_class_names(path: str) -> list[str] | None:
     """
     reader = _Reader(nn.Module())
     reader.load(path)
-    return _class_names(reader.checkpoint)
-
-
-def _class_names(checkpoint: dict[str, Any]) -> list[str] | None:
-    names = checkpoint.get("class_names")
-    if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
-        return list(names)
-    released = any(name.startswith("backbone.0.") for name in checkpoint["model"])
-    heads = [name for name in checkpoint["model"] if name.endswith("bias") and CLASS_ROWS.search(name)]
-    rows = {len(checkpoint["model"][name]) for name in heads}
-    return list(COCO_NAMES) if released and rows and rows <= {91, 92} else None
-
-
-def _plain_name(name: str) -> str:
-    """A class's name for comparison: case, spaces, hyphens and underscores aside."""
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+    return formats.class_names(reader.checkpoint)
 
 
 def _listing(what: str, names: Sequence[str], most: int = 5) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
 import torch
 from detectron2.utils.file_io import PathManager
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 UNFINISHED = ".unfinished"
 
@@ -47,6 +51,36 @@ def is_whole(path: str) -> bool:
         return False
 
 
+def load(filename: str) -> dict[str, Any]:
+    """A file of weights, of whichever kind its first bytes say it is, without running code from it.
+
+    Returns:
+        `model`, a dict of whatever the file names, and what else there is in it.
+
+    Raises:
+        ValueError: it is none, is cut short, or holds what no checkpoint needs.
+    """
+    with open(filename, "rb") as file:
+        head = file.read(9)
+    try:
+        if filename.endswith(".safetensors") or (head[8:] == b"{" and not head.startswith(b"PK")):
+            return load_safetensors(filename)
+        if filename.endswith(".pkl"):
+            return load_pickle(filename)
+        if head.startswith(b"PK") and not zipfile.is_zipfile(filename):
+            raise ValueError("it is cut short, as by a download that broke off: fetch it anew")
+        return load_torch(filename)
+    except SafetensorError as error:
+        raise ValueError(f"it is cut short or damaged ({error}): fetch it anew") from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        if "mmengine" in str(error) or "mmdet" in str(error):
+            raise ValueError(
+                "it is mmdetection's and holds objects of it, which are not loaded: load the weights of the paper's "
+                "authors, of detrex or of transformers"
+            ) from error
+        raise ValueError(str(error)) from error
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles numpy arrays in plain containers, which is all that model-zoo files hold."""
 
@@ -72,7 +106,36 @@ def load_torch(filename: str) -> Any:
         return {}
     if "model_state" in loaded and filename.endswith(".pyth"):  # pycls'
         return {"model": loaded["model_state"], "__author__": "pycls", "matching_heuristics": True}
+    if "model" not in loaded and isinstance(loaded.get("state_dict"), dict):  # mmdetection's and others'
+        return {"model": loaded["state_dict"]}
     return loaded if "model" in loaded else {"model": loaded}
+
+
+def load_safetensors(filename: str) -> dict[str, Any]:
+    """Tensors by name; the class names that `save_safetensors` put beside them."""
+    with safe_open(filename, framework="pt") as file:
+        loaded: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+        names = (file.metadata() or {}).get("class_names")
+    if names:
+        loaded["class_names"] = json.loads(names)
+    return loaded
+
+
+def save_safetensors(path: str, state: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+    """Write tensors to a file that holds nothing else than them and texts.
+
+    Args:
+        path: where to.
+        state: tensors by name; of those that share their memory the first is written, and `DETRCheckpointer` gives
+            it back its other names.
+        metadata: values that are no texts are written as JSON.
+    """
+    alone: dict[int, str] = {}
+    for name, tensor in state.items():
+        alone.setdefault(tensor.data_ptr() if tensor.numel() else -len(alone) - 1, name)
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
+    with replacing(path) as file:
+        file.write(save({name: state[name].detach().cpu().contiguous() for name in alone.values()}, texts))
 
 
 def load_pickle(filename: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Names and rows of the papers' released files, and those they have here.
+"""Names of the papers' released files, and those they have here.
 
 Released detectors keep torchvision's ResNet under `backbone.0.body` and one row per COCO category id (1..90 with
-holes); here the ResNet is Detectron2's and classes are contiguous.
+holes, see `detr_family.checkpoint.rows`); here the ResNet is Detectron2's.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from torch import Tensor
 
-COCO_IDS = [c["id"] for c in COCO_CATEGORIES if c["isthing"]]  # of the contiguous classes 0..79
-COCO_NAMES = [c["name"] for c in COCO_CATEGORIES if c["isthing"]]
+from detr_family.checkpoint.rows import CLASS_ROWS, COCO_IDS, COCO_NAMES, coco_rows
 
-# What stands in for a class in some tensor's first dimension.
-CLASS_ROWS = re.compile(r"(^|\.)(class_embed|enc_out_class_embed|label_enc)\.")
+__all__ = ["COCO_IDS", "COCO_NAMES", "SIGN", "convert_released", "convert_resnet", "convert_swin", "released_name"]
+
+# The releases join backbone and spatial encoding: the former is number 0.
+SIGN = re.compile(r"backbone\.0\.")
 
 _RELEASE_BACKBONE = "backbone.0.body."
 _RESNET_NAMES = (
@@ -26,8 +26,6 @@ _RESNET_NAMES = (
     (r"\.downsample\.1\.", ".shortcut.norm."),
     (r"\.bn(\d)\.", r".conv\1.norm."),
 )
-# detrex lists a layer's attentions, feed-forward networks and norms; no release does.
-DETREX_NAME = re.compile(r"transformer\.(encoder|decoder)\.layers\.\d+\.(attentions|ffns)\.\d+\.")
 # What Swin's files hold beside weights: buffers that follow from the sizes of windows and images.
 SWIN_INDICES = re.compile(r"\.(relative_position_index|attn_mask)$")
 
@@ -69,14 +67,19 @@ def convert_released(
         if name.endswith("num_batches_tracked") or SWIN_INDICES.search(name):
             continue
         here = released_name(name)
-        if CLASS_ROWS.search(name) and len(tensor) in (91, 92):
-            rows = COCO_IDS if num_classes == len(COCO_IDS) else list(range(91))
-            rows = rows + list(range(91, len(tensor)))
-            if len(tensor) == 91 and here in with_one_more:
-                rows = [*rows, 0]
-            tensor = tensor[rows]
+        if CLASS_ROWS.search(name):
+            tensor = coco_rows(tensor, num_classes, proposals=here in with_one_more and len(tensor) == 91)
         converted[here] = tensor
     return converted
+
+
+def convert_resnet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's ResNet as a backbone: without the classifier."""
+    return {
+        "backbone." + resnet_name(k): v
+        for k, v in state.items()
+        if not k.startswith("fc.") and not k.endswith("num_batches_tracked")
+    }
 
 
 def convert_swin(state: dict[str, Tensor]) -> dict[str, Tensor]:
