@@ -97,6 +97,35 @@ def compare_outputs(model: nn.Module, golden: SimpleNamespace) -> None:
         assert worst < tolerance, f"{name} differ by {worst}"
 
 
+def compare_single_images(model: nn.Module, golden: SimpleNamespace, *, proposals: str = "_enc") -> None:
+    """Of detrex: outputs and every loss of each image alone, where its missing masks do not matter.
+
+    Args:
+        model: filled with the golden weights.
+        golden: what detrex computes.
+        proposals: what names of losses of the encoder's proposals end with here, in place of `_enc`.
+    """
+    for i, (key, *_) in enumerate(recipe().IMAGES):
+        inputs = batch()[i : i + 1]
+        with torch.no_grad():
+            prediction = model.eval().predict(model.preprocess_image(inputs))
+        for name, ours, tolerance in (("logits", prediction.logits, 2e-4), ("boxes", prediction.boxes, 2e-5)):
+            theirs = getattr(golden, f"pred_{name}_{key}")
+            assert ours[0].shape == theirs.shape, name
+            worst = np.abs(ours[0].numpy() - theirs).max()
+            assert worst < tolerance, f"{name} of {key} differ by {worst}"
+        with torch.no_grad():
+            losses = model.train()(inputs)
+        expected = {
+            name.replace("loss_class", "loss_ce").replace("_enc", proposals): value * golden.weights[name]
+            for name, value in getattr(golden, f"losses_{key}").items()
+            if name in golden.weights
+        }
+        assert losses.keys() == expected.keys()
+        for name, value in expected.items():
+            assert losses[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
 def loss_name(released: str) -> str:
     """The name here of a release's loss: DN-DETR's denoising losses begin with `tgt_`, DINO's have a `_dn`."""
     return re.sub(r"^tgt_(loss_[a-z]+)", r"\1_dn", released)

@@ -45,6 +45,9 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     _C.SPATIAL_ENCODING.TYPE = "sine"
     # Longest wavelength of the sine encoding, in units of 2 pi (10000 in DETR, 20 from DAB-DETR on).
     _C.SPATIAL_ENCODING.TEMPERATURE = 10000.0
+    # Added to a token's place, which is counted from 1, before the sine encoding scales it: 0 in the five papers, -0.5
+    # in detrex's DINO. The deformable detectors of projects/ have their papers' own, -0.5, whatever stands here.
+    _C.SPATIAL_ENCODING.OFFSET = 0.0
     # The most rows and columns that the learned encoding has a vector for.
     _C.SPATIAL_ENCODING.LEARNED_SIZE = 50
     # Where it enters: "attention" (queries and keys of every layer), "input" (added once) or "none".
@@ -53,6 +56,10 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     _C.SPATIAL_ENCODING.DECODER = "attention"
     # Where the object queries enter the decoder (the paper's "output pos. enc."): "attention" or "input".
     _C.QUERY_ENCODING = "attention"
+
+    # How near to 0 and 1 the inverse sigmoid of reference points and anchors is exact, in Conditional DETR, DAB-DETR
+    # and Deformable DETR. 0: as in the paper's release (1e-5, 1e-3, 1e-5); detrex has 1e-3, transformers 1e-5.
+    _C.INVERSE_SIGMOID_EPS = 0.0
 
     # Weights of the matching cost (DETR, section 3.1, equation 1).
     _C.COST = CfgNode()

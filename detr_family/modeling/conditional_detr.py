@@ -38,6 +38,7 @@ from detr_family.modeling.set_detector import (
     SetDetector,
     at_least_one,
     common_arguments,
+    inverse_sigmoid_eps,
     sine_encoding,
 )
 from detr_family.modeling.structures import SetPrediction, Targets
@@ -48,6 +49,8 @@ from detr_family.modeling.transformer import (
     xavier_matrices,
 )
 
+EPS = 1e-5  # of inverse_sigmoid, in this paper's release
+
 
 @META_ARCH_REGISTRY.register()
 class ConditionalDETR(SetDetector):
@@ -56,6 +59,7 @@ class ConditionalDETR(SetDetector):
     Args:
         transformer: see `ConditionalTransformer`.
         num_queries: Q.
+        eps: of the inverse sigmoid of the reference points.
         **common: see `CommonArguments`.
     """
 
@@ -65,9 +69,11 @@ class ConditionalDETR(SetDetector):
         *,
         transformer: ConditionalTransformer,
         num_queries: int,
+        eps: float = EPS,
         **common: Unpack[CommonArguments],
     ) -> None:
         super().__init__(select=best_pairs, **common)
+        self.eps = eps
         self.transformer = transformer
         self.feature, self.input_proj = coarsest_map(self.backbone, transformer.dim)
         self.query_embed = nn.Embedding(at_least_one(num_queries), transformer.dim)  # the object queries o_q
@@ -81,6 +87,7 @@ class ConditionalDETR(SetDetector):
             **focal_arguments(cfg),
             "transformer": ConditionalTransformer(**transformer_arguments(cfg)),
             "num_queries": cfg.MODEL.DETR.NUM_QUERIES,
+            "eps": inverse_sigmoid_eps(cfg, EPS),
         }
 
     def predict(self, images: ImageList, targets: Targets | None = None) -> SetPrediction:
@@ -94,7 +101,7 @@ class ConditionalDETR(SetDetector):
         )  # N x B x Q x D and Q x 2
         boxes = self.bbox_embed(decoded).float()
         # Equation 2: b = sigmoid(FFN(f) + [s 0 0]). The release goes through the sigmoid and back.
-        centre = boxes[..., :2] + inverse_sigmoid(reference.float(), eps=1e-5)
+        centre = boxes[..., :2] + inverse_sigmoid(reference.float(), self.eps)
         return SetPrediction(
             layer_logits=self.class_embed(decoded), layer_boxes=torch.cat([centre, boxes[..., 2:]], -1).sigmoid()
         )

@@ -30,7 +30,7 @@ from detr_family.modeling.conditional_detr import ConditionalDecoderLayer, focal
 from detr_family.modeling.detr import EncoderLayer, coarsest_map, map_tokens
 from detr_family.modeling.heads import focal_heads
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import CommonArguments, SetDetector, at_least_one
+from detr_family.modeling.set_detector import CommonArguments, SetDetector, at_least_one, inverse_sigmoid_eps
 from detr_family.modeling.structures import SetPrediction, Targets
 from detr_family.modeling.transformer import (
     TransformerArguments,
@@ -70,6 +70,7 @@ class DABDETR(SetDetector):
     ) -> None:
         super().__init__(select=best_pairs, **common)
         self.transformer = transformer
+        self.eps = transformer.decoder.eps
         self.feature, self.input_proj = coarsest_map(self.backbone, transformer.dim)
         self.refpoint_embed = learned_anchors(num_queries, anchor_size)  # A_q before the sigmoid
         # A buffer: weight decay would move a parameter that has no gradient.
@@ -85,7 +86,10 @@ class DABDETR(SetDetector):
         return {
             **focal_arguments(cfg),
             "transformer": DABTransformer(
-                **transformer_arguments(cfg), num_patterns=dab.NUM_PATTERNS, modulate=dab.MODULATE
+                **transformer_arguments(cfg),
+                num_patterns=dab.NUM_PATTERNS,
+                modulate=dab.MODULATE,
+                eps=inverse_sigmoid_eps(cfg, EPS),
             ),
             "num_queries": cfg.MODEL.DETR.NUM_QUERIES,
             "fix_centres": dab.FIX_CENTRES,
@@ -111,7 +115,7 @@ class DABDETR(SetDetector):
             anchors=anchors.expand(batch, -1, -1),
             blocked=None,
         )  # N x B x PQ x D and N x B x PQ x 4
-        boxes = self.bbox_embed(decoded).float() + inverse_sigmoid(anchors, EPS)
+        boxes = self.bbox_embed(decoded).float() + inverse_sigmoid(anchors, self.eps)
         return SetPrediction(layer_logits=self.class_embed(decoded), layer_boxes=boxes.sigmoid())
 
 
@@ -155,6 +159,7 @@ class DABTransformer(nn.Module):
         num_patterns: P, learned contents that every anchor is decoded with (3 in the starred rows of the
             paper's tables); 0 for none.
         modulate: modulate positional attention by width and height.
+        eps: of the inverse sigmoid of the anchors, see `DABDecoder`.
         **sizes: see `TransformerArguments`.
 
     Raises:
@@ -166,6 +171,7 @@ class DABTransformer(nn.Module):
         *,
         num_patterns: int,
         modulate: bool,
+        eps: float = EPS,
         **sizes: Unpack[TransformerArguments],
     ) -> None:
         super().__init__()
@@ -174,7 +180,7 @@ class DABTransformer(nn.Module):
             raise ValueError(f"MODEL.DAB.NUM_PATTERNS {num_patterns} must be at least 0")
         self.dim = layer["dim"]
         self.encoder = DABEncoder(encoder_layers, **layer)
-        self.decoder = DABDecoder(decoder_layers, modulate=modulate, **layer)
+        self.decoder = DABDecoder(decoder_layers, modulate=modulate, eps=eps, **layer)
         xavier_matrices(self)
         self.patterns = nn.Embedding(num_patterns, self.dim) if num_patterns else None
 
@@ -253,6 +259,7 @@ class DABDecoder(nn.Module):
         num_layers: N, at least 1.
         dim, num_heads, feedforward_dim, dropout: see `LayerArguments`.
         modulate: modulate positional attention by width and height (equation 6).
+        eps: an anchor's coordinate that is nearer to 0 or 1 counts as so near when its logit is taken.
 
     Attributes:
         bbox_embed: the detector's box head, which moves the anchors after each layer; the detector sets it.
@@ -261,9 +268,18 @@ class DABDecoder(nn.Module):
     bbox_embed: MLP
 
     def __init__(
-        self, num_layers: int, dim: int, num_heads: int, feedforward_dim: int, dropout: float, *, modulate: bool
+        self,
+        num_layers: int,
+        dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout: float,
+        *,
+        modulate: bool,
+        eps: float = EPS,
     ) -> None:
         super().__init__()
+        self.eps = eps
         self.layers = nn.ModuleList(
             ConditionalDecoderLayer(dim, num_heads, feedforward_dim, dropout, first=i == 0, activation=nn.PReLU())
             for i in range(num_layers)
@@ -319,7 +335,7 @@ class DABDecoder(nn.Module):
             outputs.append(self.norm(content))
             if i + 1 < len(self.layers):
                 # The release moves anchors by the output before its norm, and predicts boxes from that after it.
-                moved = (self.bbox_embed(content).float() + inverse_sigmoid(anchor, EPS)).sigmoid()
+                moved = (self.bbox_embed(content).float() + inverse_sigmoid(anchor, self.eps)).sigmoid()
                 started_from.append(moved)
                 anchor = moved.detach()
         return torch.stack(outputs), torch.stack(started_from)

@@ -312,18 +312,32 @@ def at_least_one(num_queries: int) -> int:
     return num_queries
 
 
-def sine_encoding(cfg: CfgNode, *, offset: float = 0.0) -> SinePositionEncoding:
-    """The spatial encoding that MODEL.DETR.SPATIAL_ENCODING.TEMPERATURE says.
+def sine_encoding(cfg: CfgNode, *, offset: float | None = None) -> SinePositionEncoding:
+    """The spatial encoding that MODEL.DETR.SPATIAL_ENCODING.TEMPERATURE and OFFSET say.
 
     Args:
         cfg: Detectron2's configuration with detr_family's keys.
-        offset: of the tokens' places, see `SinePositionEncoding`.
+        offset: of the tokens' places, see `SinePositionEncoding`, in place of the key's.
     """
-    detr = cfg.MODEL.DETR
-    temperature = detr.SPATIAL_ENCODING.TEMPERATURE
+    encoding = cfg.MODEL.DETR.SPATIAL_ENCODING
     return SinePositionEncoding(
-        detr.HIDDEN_DIM, temperature_x=temperature, temperature_y=temperature, offset=offset
+        cfg.MODEL.DETR.HIDDEN_DIM,
+        temperature_x=encoding.TEMPERATURE,
+        temperature_y=encoding.TEMPERATURE,
+        offset=encoding.OFFSET if offset is None else offset,
     )
+
+
+def inverse_sigmoid_eps(cfg: CfgNode, paper: float) -> float:
+    """MODEL.DETR.INVERSE_SIGMOID_EPS, or where that is 0 the paper's own.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    eps: float = cfg.MODEL.DETR.INVERSE_SIGMOID_EPS
+    if not 0 <= eps < 0.5:
+        raise ValueError(f"MODEL.DETR.INVERSE_SIGMOID_EPS is {eps}; it must be at least 0 and less than 0.5")
+    return eps or paper
 
 
 def common_arguments(

@@ -43,7 +43,13 @@ from detr_family.modeling.deformable import (
 )
 from detr_family.modeling.heads import apply_per_layer, focal_heads, per_layer
 from detr_family.modeling.postprocessing import best_pairs
-from detr_family.modeling.set_detector import CommonArguments, SetDetector, at_least_one, sine_encoding
+from detr_family.modeling.set_detector import (
+    CommonArguments,
+    SetDetector,
+    at_least_one,
+    inverse_sigmoid_eps,
+    sine_encoding,
+)
 from detr_family.modeling.structures import SetPrediction, Targets
 from detr_family.modeling.transformer import TransformerArguments, depths_and_layer, transformer_arguments
 
@@ -89,6 +95,7 @@ class DeformableDETR(SetDetector):
         super().__init__(select=best_pairs, **common)
         self.features = list(self.backbone.output_shape())
         self.transformer = transformer
+        self.eps = transformer.decoder.eps
         self.class_embed = class_embed
         self.bbox_embed = bbox_embed
         self.num_queries = at_least_one(num_queries)
@@ -122,6 +129,7 @@ class DeformableDETR(SetDetector):
             **level_arguments(cfg),
             bbox_embed=bbox_embed if deformable.BOX_REFINEMENT else None,
             class_embed=class_embed if deformable.TWO_STAGE else None,
+            eps=inverse_sigmoid_eps(cfg, EPS),
         )
         return {
             **arguments,
@@ -248,6 +256,7 @@ class DeformableTransformer(nn.Module):
         decoder_points: the same in the decoder.
         bbox_embed: box heads that refine the reference boxes after each layer; None keeps the reference points.
         class_embed: with two stages the class heads, of which the last is the proposals'; else None.
+        eps: of the inverse sigmoid of the references, see `DeformableDecoder`.
         **sizes: see `TransformerArguments`.
 
     Raises:
@@ -262,6 +271,7 @@ class DeformableTransformer(nn.Module):
         decoder_points: int,
         bbox_embed: nn.ModuleList | None,
         class_embed: nn.ModuleList | None,
+        eps: float = EPS,
         **sizes: Unpack[TransformerArguments],
     ) -> None:
         super().__init__()
@@ -273,7 +283,7 @@ class DeformableTransformer(nn.Module):
         self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
         self.encoder = encoder_of(encoder_layers, num_levels=num_levels, num_points=encoder_points, **layer)
         self.decoder = DeformableDecoder(
-            decoder_layers_of(decoder_layers, num_levels=num_levels, num_points=decoder_points, **layer)
+            decoder_layers_of(decoder_layers, num_levels=num_levels, num_points=decoder_points, **layer), eps
         )
         if self.two_stage:
             self.enc_output = nn.Linear(dim, dim)
@@ -342,14 +352,16 @@ class DeformableDecoder(nn.Module):
 
     Args:
         layers: the layers, first to last.
+        eps: a reference's coordinate that is nearer to 0 or 1 counts as so near when its logit is taken.
 
     Attributes:
         bbox_embed: box heads that refine the references after each layer; None where nothing does.
         class_embed: class heads, which the transformer's proposals use; None without two stages.
     """
 
-    def __init__(self, layers: Sequence[DeformableDecoderLayer]) -> None:
+    def __init__(self, layers: Sequence[DeformableDecoderLayer], eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.layers = nn.ModuleList(layers)
         self.bbox_embed: nn.ModuleList | None = None
         self.class_embed: nn.ModuleList | None = None
@@ -370,7 +382,7 @@ class DeformableDecoder(nn.Module):
             (N, B, Q, D), the output of every layer, and (N, B, Q, 4), what its boxes are relative to before the
             sigmoid: nothing for width and height where the reference is a point. A refined reference is detached.
         """
-        outputs, starts = [], [before_sigmoid(reference)]
+        outputs, starts = [], [before_sigmoid(reference, self.eps)]
         for i, layer in enumerate(self.layers):
             content = layer(
                 content, memory, position=position, reference=levels.on_levels(reference), levels=levels, blocked=None
@@ -380,13 +392,13 @@ class DeformableDecoder(nn.Module):
                 break
             if self.bbox_embed is not None:
                 reference = (self.bbox_embed[i](content).float() + starts[-1]).sigmoid().detach()
-            starts.append(before_sigmoid(reference))
+            starts.append(before_sigmoid(reference, self.eps))
         return torch.stack(outputs), torch.stack(starts)
 
 
-def before_sigmoid(reference: Tensor) -> Tensor:
+def before_sigmoid(reference: Tensor, eps: float) -> Tensor:
     """(B, Q, 2 or 4) in [0, 1] -> (B, Q, 4) before the sigmoid, zeros for the size that a point does not have."""
-    return F.pad(inverse_sigmoid(reference, EPS), (0, 4 - reference.shape[-1]))
+    return F.pad(inverse_sigmoid(reference, eps), (0, 4 - reference.shape[-1]))
 
 
 def check_levels(num_levels: int, encoder_points: int, decoder_points: int) -> None:

@@ -14,17 +14,18 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detr_family.config import check_class_count, class_names, load_config, num_classes, projects
 from detr_family.data.datasets.coco import register_datasets
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_config_file_loads_and_is_short(path: Path) -> None:
     load_config(str(path))
     text = path.read_text()
     assert len(text.splitlines()) <= (32 if path.stem.startswith("Base") else 25)
     depth, base = 0, yaml.safe_load(text).get("_BASE_")
     while base:
-        depth, base = depth + 1, yaml.safe_load((path.parent / base).read_text()).get("_BASE_")
+        path = path.parent / base
+        depth, base = depth + 1, yaml.safe_load(path.read_text()).get("_BASE_")
     assert depth <= 2
 
 

@@ -388,15 +388,3 @@ def test_boxes_start_where_the_encoder_proposes_them() -> None:
         torch.testing.assert_close(boxes, prediction.proposals.boxes.detach(), rtol=1e-3, atol=1e-4)
     sizes = prediction.proposals.boxes[..., 2].detach()
     assert all(min(abs(float(x) - 0.05 * 2**i) for i in range(3)) < 1e-4 for x in sizes.flatten())
-
-
-def test_a_checkpoint_of_detrex_is_refused_with_the_reason(tmp_path: Path) -> None:
-    state = {
-        "backbone.stem.conv1.weight": torch.zeros(1),
-        "neck.convs.0.conv.weight": torch.zeros(1),
-        "transformer.encoder.layers.0.attentions.0.sampling_offsets.weight": torch.zeros(1),
-        "label_enc.weight": torch.zeros(80, 16),
-    }
-    torch.save({"model": state}, tmp_path / "detrex.pth")
-    with pytest.raises(ValueError, match=r"detrex\.pth is a checkpoint of detrex.*temperature"):
-        DETRCheckpointer(dino()).load(str(tmp_path / "detrex.pth"))
