@@ -39,6 +39,7 @@ setup(
         "pycocotools>=2.0.7",
         "matplotlib>=3.7",
         "typing_extensions>=4.4",
+        "safetensors>=0.4",
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3"],
