@@ -133,7 +133,7 @@ FAULTS = [
         "      for (int k = FAULT ? lane ^ 1 : lane; k < count; k += C::group) {\n          const T attention",
     ),
     ("x and y scales swapped", "points.scale_x[i] = scale_x;", "points.scale_x[i] = FAULT ? scale_y : scale_x;"),
-    ("deterministic: what is not finite is lost", "    to[i] += T(", "    if (FAULT) to[i] = 0; to[i] += T("),
+    ("deterministic: what is not finite is lost", "    to[i] += T(", "    to[i] = (FAULT ? T(0) : to[i]) + T("),
     (
         "the fourth corner left out",
         "for (int c = 0; c < 4; ++c) mask |=",
