@@ -196,7 +196,7 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # in query selection, and shrinks the anchors that queries are encoded from.
     cfg.MODEL.DINO.IGNORE_PADDING = False
 
-    # The backbone's learning rate as a factor of SOLVER.BASE_LR.
+    # The learning rate of the backbone, and of a learned spatial encoding, as a factor of SOLVER.BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     # Learning rates of single parameters: a list of [regular expression, factor]. A parameter whose name an
     # expression is found in has SOLVER.BASE_LR times the first such factor, and a backbone's as much less.

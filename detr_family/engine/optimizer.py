@@ -9,6 +9,8 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+OF_BACKBONE = ("backbone.", "position_encoding.")  # what has the backbone's learning rate
+
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """AdamW over a group for each learning rate, weight decay on every parameter, frozen parameters left out.
@@ -16,7 +18,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     Args:
         cfg: reads SOLVER.BASE_LR, BACKBONE_MULTIPLIER, LR_FACTORS, WEIGHT_DECAY and CLIP_GRADIENTS. The clip type
             "full_model" is the training step's work, the others are Detectron2's.
-        model: whose parameters under `backbone.` have the backbone's rate.
+        model: whose parameters under `backbone.` have the backbone's rate, and those of a learned spatial encoding: the
+            releases hold it in the backbone.
 
     Raises:
         ValueError: everything is frozen, or SOLVER.LR_FACTORS has an entry that is no pair of a regular expression
@@ -27,7 +30,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = base * cfg.SOLVER.BACKBONE_MULTIPLIER if name.startswith("backbone.") else base
+            rate = base * cfg.SOLVER.BACKBONE_MULTIPLIER if name.startswith(OF_BACKBONE) else base
             rate *= next((factor for expression, factor in factors if expression.search(name)), 1.0)
             groups.setdefault(rate, []).append(parameter)
     params = [{"params": members, "lr": rate} for rate, members in groups.items()]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -372,7 +373,7 @@ class DINOTransformer(nn.Module):
             (B, Q, D) features of the chosen tokens, and (B, Q, 4) boxes before the sigmoid that they propose.
         """
         boxes, usable = levels.proposals()
-        with torch.no_grad():  # what is not chosen has no gradient
+        with casts_apart(memory.device.type), torch.no_grad():  # what is not chosen has no gradient
             features = self.token_features(memory.masked_fill(~usable[..., None], 0.0))
             scores = self.enc_out_class_embed(features).amax(-1)
             index, found = best_tokens(scores, usable, self.num_queries, ignore_padding=self.ignore_padding)
@@ -383,6 +384,20 @@ class DINOTransformer(nn.Module):
     def token_features(self, memory: Tensor) -> Tensor:
         """(..., D) memory -> (..., D) what class and box are proposed from."""
         return self.enc_output_norm(self.enc_output(memory))
+
+
+def casts_apart(device: str) -> AbstractContextManager[Any]:
+    """Autocast as it is, but for keeping the weights' casts.
+
+    What follows runs without gradients, and its weights once more with them. torch 2.10 takes a kept cast for the
+    second run though it was made without gradients, and the weights' gradients are lost.
+
+    Args:
+        device: its type, "cpu" or "cuda".
+    """
+    if not (torch.is_grad_enabled() and torch.is_autocast_enabled(device)):
+        return nullcontext()
+    return torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False)
 
 
 class DINODecoder(nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 
 from detr_family.engine.optimizer import build_optimizer
 
@@ -20,6 +21,17 @@ def test_groups(cfg: CfgNode) -> None:
         else:
             assert rates[id(p)] == pytest.approx(1e-5 if name.startswith("backbone.") else 1e-4), name
     assert {g["weight_decay"] for g in optimizer.param_groups} == {1e-4}  # norms and biases included
+
+
+def test_a_learned_spatial_encoding_is_of_the_backbones_group(cfg: CfgNode) -> None:
+    """The release holds it in the backbone, and gives whatever is in there a rate of 1e-5."""
+    cfg.merge_from_list(["SOLVER.BASE_LR", 1e-4, "SOLVER.BACKBONE_MULTIPLIER", 0.1])
+    detr = tiny.cfg_of("DETR")
+    detr.MODEL.DETR.SPATIAL_ENCODING.TYPE = "learned"
+    model = build_model(detr)
+    rates = {id(p): group["lr"] for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
+    assert [rates[id(p)] for p in model.position_encoding.parameters()] == pytest.approx([1e-5] * 2)
+    assert rates[id(model.query_embed.weight)] == pytest.approx(1e-4)
 
 
 def test_everything_frozen_is_refused(cfg: CfgNode) -> None:
