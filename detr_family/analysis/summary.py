@@ -23,7 +23,7 @@ from tqdm import tqdm
 from detr_family.analysis import command_line, style
 from detr_family.analysis.loading import load_cfg, load_detector, title_of
 from detr_family.benchmarks.complexity import count_gflops, count_params
-from detr_family.model_zoo.published import MEAN_IMAGE, PUBLISHED
+from detr_family.model_zoo.published import MEAN_IMAGE, figures_of
 from detr_family.modeling.set_detector import SetDetector
 
 COLUMNS = (
@@ -84,21 +84,21 @@ def measure(config: str, opts: Sequence[str], *, size: tuple[int, int] | None, r
     """
     cfg = load_cfg(config, opts)
     model = load_detector(cfg, untrained=True)
-    published = PUBLISHED.get(Path(config).stem)
-    size = size or (published.size if published else MEAN_IMAGE)
+    figures = figures_of(config)
+    size = size or (figures.size if figures else MEAN_IMAGE)
     row: dict[str, Any] = {
         "config": Path(config).stem,
         "detector": title_of(model),
         "params": count_params(model),
         "gflops": count_gflops(model, *size),
-        "fps_published": PUBLISHED_FPS.get(Path(config).stem),
+        "fps_published": PUBLISHED_FPS.get(Path(config).stem) if figures else None,
         "fps": frames_per_second(model, size, repeats) if repeats > 0 else None,
         "device": _device(model),
         "size": f"{size[0]}x{size[1]}",
     }
-    if published is not None:
-        row |= dict(zip(COLUMNS[3:9], published.ap, strict=False))
-        row |= {"epochs": published.epochs, "params_published": published.params, "gflops_published": published.gflops}
+    if figures is not None:
+        row |= dict(zip(COLUMNS[3:9], figures.ap, strict=False))
+        row |= {"epochs": figures.epochs, "params_published": figures.params, "gflops_published": figures.gflops}
     return row
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from detr_family.config import config_names, load_config
 from detr_family.config.projects import add_import
-from detr_family.model_zoo.published import MEAN_IMAGE, PUBLISHED
+from detr_family.model_zoo.published import MEAN_IMAGE, PUBLISHED, figures_of
 from detr_family.modeling.set_detector import SetDetector
 
 
@@ -97,7 +97,7 @@ def row(config_file: Path, size: tuple[int, int] | None) -> str:
         opts = ["MODEL.DEVICE", "cpu", "MODEL.DETR.NUM_CLASSES", "80", "MODEL.TIMM.PRETRAINED", "False"]
         cfg = load_config(str(config_file), opts)
         detector = build_model(cfg)
-    theirs = PUBLISHED.get(config_file.stem)
+    theirs = figures_of(str(config_file))
     height, width = size or (theirs.size if theirs else MEAN_IMAGE)
     params, gflops = count_params(detector), count_gflops(detector, height, width)
     cells = [f"{config_file.stem:32}", f"{params:7.2f}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 # The papers up to DN-DETR give the mean over the first 100 images of COCO val2017, shorter side 800, longer at most
 # 1333. These have 889 thousand pixels on average, as an image of this size has; the square of the number of tokens, on
@@ -92,3 +93,13 @@ PUBLISHED: dict[str, Published] = {
         (49.5,), 50, 265, 48, "DN-DAB-Deformable-DETR-R50-v2, checkpoint.pth", LARGER_IMAGE
     ),
 }
+
+
+def figures_of(config_file: str) -> Published | None:
+    """What a paper published of a configuration; None where it did not, as of detrex's, which are named like ours.
+
+    Args:
+        config_file: a file or a name.
+    """
+    path = Path(config_file)
+    return None if path.parent.name == "detrex" else PUBLISHED.get(path.stem)

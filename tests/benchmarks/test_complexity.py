@@ -15,7 +15,7 @@ from detr_family.benchmarks import complexity
 from detr_family.benchmarks.complexity import attention_flops, count_gflops, count_params
 from detr_family.config import load_config
 from detr_family.layers.deformable_attention import MSDeformAttn
-from detr_family.model_zoo.published import PUBLISHED
+from detr_family.model_zoo.published import PUBLISHED, figures_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -125,3 +125,9 @@ def test_recipes_have_the_published_number_of_epochs() -> None:
     for name, published in PUBLISHED.items():
         if published.epochs and (CONFIGS / f"{name}.yaml").is_file():
             assert published.epochs == load_config(str(CONFIGS / f"{name}.yaml")).SOLVER.EPOCHS, name
+
+
+def test_figures_of_the_papers_are_not_those_of_others() -> None:
+    ours = PUBLISHED["dino_r50_4scale"]
+    assert figures_of("dino_r50_4scale") is ours and figures_of("/a/configs/dino_r50_4scale.yaml") is ours
+    assert figures_of("detrex/dino_r50_4scale") is None and figures_of("configs/detrex/dino_r50_4scale.yaml") is None

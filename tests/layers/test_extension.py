@@ -69,6 +69,25 @@ def test_force_cuda_makes_it_an_error(tmp_path: Path):
 
 
 @in_checkout
+def test_a_build_in_isolation_finds_the_torch_of_its_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import build_ext
+
+    here = build_ext.torch_folder()
+    monkeypatch.setattr(build_ext, "find_spec", lambda _: None)
+    assert build_ext.torch_folder().samefile(here)
+    monkeypatch.setattr(build_ext.sysconfig, "get_path", lambda _: "/nowhere")
+    for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(build_ext.Missing, match="torch is not there while building"):
+        build_ext.torch_folder()
+    site = tmp_path / "lib" / "python3.11" / "site-packages"
+    site.mkdir(parents=True)
+    (site / "torch").symlink_to(here)
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path))
+    assert build_ext.torch_folder().samefile(here)
+
+
+@in_checkout
 def test_arch_list(monkeypatch: pytest.MonkeyPatch):
     import build_ext
 
