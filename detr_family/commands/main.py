@@ -12,7 +12,6 @@ COMMANDS = {
     "demo": ("detr_family.commands.demo:command", "find objects in images and videos (demo.py)"),
     "check-dataset": ("detr_family.commands.data_check:command", "look at a dataset (tools/check_dataset.py)"),
     "convert-dataset": ("detr_family.commands.convert_dataset:command", "any dataset as COCO files"),
-    "convert-dataset": ("detr_family.commands.convert_dataset:command", "a folder of another format as COCO's files"),
     "zoo": ("detr_family.model_zoo.listing:main", "list configurations and published weights"),
     "analysis": ("detr_family.analysis.command_line:main", "the papers' tables and figures over a model and data"),
     "complexity": ("detr_family.benchmarks.complexity:main", "parameters and GFLOPs of configurations"),
