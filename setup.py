@@ -51,6 +51,8 @@ setup(
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3"],
         "parity": ["transformers>=4.40"],
+        "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],  # to export to ONNX, and to run such files
+        "openvino": ["openvino>=2025.2", "onnx>=1.19", "onnxscript>=0.5"],  # the same for OpenVINO
         "hub": ["huggingface_hub>=0.30"],  # for hf:// addresses
         "timm": ["timm>=1.0.20"],  # for build_timm_backbone and build_vit_backbone
         "video": ["opencv-python-headless>=4.5"],  # for demo.py on videos

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from opcode import opmap
+from typing import Any
 
 
 class UserError(Exception):
@@ -44,3 +46,21 @@ def message_of(error: UserError) -> str:
     if text.startswith("Caught ") and "\nOriginal Traceback" in text:  # torch's, for an error in another process
         text = text.rstrip().rsplit(f"{type(error).__qualname__}: ", 1)[-1]
     return text
+
+
+def require(module: str, extra: str) -> Any:
+    """An optional package, imported.
+
+    Args:
+        module: its name.
+        extra: of setup.py, which installs it.
+
+    Raises:
+        UserError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"this needs {module}, which cannot be imported ({error}): pip install 'detr_family[{extra}]'"
+        ) from error

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from detr_family.analysis import command_line as analysis
-from detr_family.commands import data_check, demo
+from detr_family.commands import data_check, demo, export_model
 from detr_family.config import load_config
 from detr_family.engine.processes import argument_parser
+from detr_family.inference.exported import is_exported
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "projects").glob("*/README.md"))]
@@ -69,6 +70,13 @@ def check_analysis(words: list[str]) -> None:
 
 def check_demo(words: list[str]) -> None:
     args = demo.parser().parse_args(words)
+    assert args.config_file or is_exported(args.weights)
+    if args.config_file:
+        check_config(args.config_file, args.opts)
+
+
+def check_export(words: list[str]) -> None:
+    args = export_model.parser().parse_args(words)
     check_config(args.config_file, args.opts)
 
 
@@ -98,6 +106,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "projects/deformable/train_net.py": check_training,
     "demo.py": check_demo,
     "tools/check_dataset.py": check_data,
+    "tools/export_model.py": check_export,
     "-m detr_family.analysis": check_analysis,
     "make": check_make,
 }

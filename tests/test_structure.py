@@ -31,6 +31,7 @@ FLOORS = [
     ["data"],
     ["evaluation"],
     ["inference", "visualization", "model_zoo"],
+    ["export"],
     ["engine", "benchmarks"],
     ["analysis"],
     ["commands"],

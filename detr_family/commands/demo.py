@@ -25,6 +25,8 @@ from detr_family.config import load_config
 from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
+from detr_family.errors import UserError
+from detr_family.inference.exported import is_exported
 from detr_family.inference.predictor import ImageSource, Predictor
 from detr_family.visualization.draw import draw_detections
 
@@ -226,12 +228,13 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0, 1 where something could not be read (the rest was done), 2 where nothing was done.",
     )
     result.add_argument(
-        "--config-file", required=True, metavar="FILE", help="the config.yaml of a training, or a name: dn_detr_r50"
-    )
+        "--config-file", default="", metavar="FILE",
+        help="the config.yaml of a training, or a name: dn_detr_r50; not needed with an exported file",
+    )  # fmt: skip
     result.add_argument("--weights",
         metavar="FILE",
-        help="the checkpoint: a file, an address (https://, hf://owner/model) or a name of the model zoo; by default "
-        "MODEL.WEIGHTS of the config",
+        help="the checkpoint: a file, an address (https://, hf://owner/model) or a name of the model zoo; or a file of "
+        "tools/export_model.py; by default MODEL.WEIGHTS of the config",
     )
     result.add_argument("--input", required=True, nargs="+", metavar="PATH", help="images, folders, globs, videos")
     result.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for what is written")
@@ -253,7 +256,7 @@ def run(args: argparse.Namespace, progress: bool = True) -> int:
     """Does what the command line says; returns the exit status."""
     try:
         results = _run(args, progress)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     print(
@@ -281,6 +284,8 @@ def _run(args: argparse.Namespace, progress: bool) -> Results:
         raise ValueError(f"{videos[0]}: {_NO_CV2}")
     if others:
         print(f"{len(others)} files are no images or videos by their suffix and are left out", file=sys.stderr)
+    if not args.config_file and not is_exported(args.weights):
+        raise ValueError("--config-file is needed: one of configs/, or the config.yaml of a training")
     cfg = load_config(args.config_file, args.opts)
     register_datasets(cfg)
     predictor = Predictor.from_config(cfg, args.weights, batch_size=args.batch_size)

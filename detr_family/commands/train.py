@@ -12,6 +12,7 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import check_class_count, departures, find_config, load_config
@@ -21,6 +22,7 @@ from detr_family.engine import Trainer
 from detr_family.engine.processes import argument_parser, launch
 from detr_family.engine.randomness import run_seed
 from detr_family.errors import mistakes
+from detr_family.inference.exported import ExportedDetector, is_exported
 
 _EXAMPLES = """Examples: detr-family train --config-file dn_detr_r50 --num-gpus 8
           detr-family train --config-file detr_r50 --eval-only MODEL.WEIGHTS detr_r50"""
@@ -45,6 +47,16 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
+def model_to_evaluate(cfg: CfgNode, resume: bool) -> nn.Module:
+    """The detector with its weights; the exported one where MODEL.WEIGHTS is a file of tools/export_model.py."""
+    if is_exported(cfg.MODEL.WEIGHTS):
+        return ExportedDetector(cfg.MODEL.WEIGHTS, input_format=cfg.INPUT.FORMAT)
+    model = Trainer.build_model(cfg)
+    checkpointer = DETRCheckpointer(model, cfg.OUTPUT_DIR, whole=True, averaged=cfg.TEST.EMA)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return model
+
+
 def main(args: argparse.Namespace) -> Any:
     """What every process runs: evaluate or train; returns the last evaluation's results."""
     with mistakes():
@@ -55,9 +67,7 @@ def main(args: argparse.Namespace) -> Any:
             if not cfg.DATASETS.TEST:
                 raise ValueError("DATASETS.TEST is empty: there is nothing to evaluate on")
             check_class_count(cfg)
-            model = Trainer.build_model(cfg)
-            checkpointer = DETRCheckpointer(model, cfg.OUTPUT_DIR, whole=True, averaged=cfg.TEST.EMA)
-            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            model = model_to_evaluate(cfg, args.resume)
         else:
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)

@@ -28,6 +28,7 @@ from detr_family.config import load_config
 from detr_family.data.dataset_mapper import ResizeShortestEdge
 from detr_family.data.datasets.coco import register_datasets
 from detr_family.data.images import read_image, to_format
+from detr_family.inference.exported import ExportedDetector, is_exported
 
 # A path, or the pixels: (H, W, 3) uint8.
 ImageSource = str | os.PathLike[str] | np.ndarray
@@ -85,6 +86,7 @@ class Predictor:
         self.model = model.eval()
         self.class_names = None if class_names is None else list(class_names)
         self.input_format = input_format
+        self.min_size, self.max_size, self.resize_rounding = min_size, max_size, resize_rounding
         self.resize = ResizeShortestEdge([min_size, min_size], max_size, rounding=resize_rounding)
         self.batch_size = batch_size
 
@@ -104,7 +106,8 @@ class Predictor:
 
         Args:
             config: a configuration, or a YAML file: one of configs/, or the config.yaml of a training.
-            weights: the checkpoint; by default MODEL.WEIGHTS of the configuration.
+            weights: the checkpoint; by default MODEL.WEIGHTS of the configuration. A file that was exported knows all
+                that is needed, see `from_exported`.
             opts: KEY, VALUE, KEY, VALUE ..., where `config` is a file.
             batch_size: images that go through the model together.
 
@@ -113,6 +116,8 @@ class Predictor:
             ValueError: no such configuration, a key that does not exist, or a checkpoint that is none, is not safe to
                 load or does not fit.
         """
+        if weights is not None and is_exported(weights):
+            return cls.from_exported(weights, batch_size=batch_size)
         if isinstance(config, CfgNode):
             cfg = config.clone()
             cfg.defrost()
@@ -121,6 +126,8 @@ class Predictor:
         if weights is not None:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
         cfg.MODEL.TIMM.PRETRAINED = False  # a whole detector's weights follow
+        if is_exported(cfg.MODEL.WEIGHTS):
+            return cls.from_exported(cfg.MODEL.WEIGHTS, batch_size=batch_size)
         names = read_class_names(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
         if names is not None:
             cfg.MODEL.DETR.NUM_CLASSES = len(names)
@@ -135,6 +142,35 @@ class Predictor:
             min_size=cfg.INPUT.MIN_SIZE_TEST,
             max_size=cfg.INPUT.MAX_SIZE_TEST,
             resize_rounding=cfg.INPUT.RESIZE_ROUNDING,
+            batch_size=batch_size,
+        )
+
+    @classmethod
+    def from_exported(
+        cls, path: str | os.PathLike[str], *, batch_size: int = 1, threads: int | None = None
+    ) -> Predictor:
+        """Runs a file of `detr_family.export.export_model` in the place of a detector and its checkpoint.
+
+        Class names and the size that images are resized to are in the file; where that size is fixed, images are
+        stretched to it.
+
+        Args:
+            path: .onnx (onnxruntime), .xml (OpenVINO), .pt2 (torch) or .ts (TorchScript).
+            batch_size: images that go through the file together.
+            threads: of the runtime; None leaves it to the runtime.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            UserError: the runtime is not installed, or the file was not written by `export_model`.
+        """
+        model = ExportedDetector(path, threads=threads)
+        about = model.about
+        return cls(
+            model,
+            class_names=model.class_names,
+            min_size=0 if about["size"] else about["min_size"],
+            max_size=about["max_size"],
+            resize_rounding=about["resize_rounding"],
             batch_size=batch_size,
         )
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from detr_family.layers import deformable_attention_ops as ops
 from detr_family.layers.deformable_attention_torch import Shapes, fused_inputs, ms_deform_attn_torch
+from detr_family.layers.shapes import int_tensor
 
 __all__ = ["MSDeformAttn", "ms_deform_attn", "pure_torch_path"]
 
@@ -108,7 +109,7 @@ def _as_tensor(numbers: Any, device: torch.device) -> Tensor:
             return _filled(rows, device)
         return torch.tensor(rows, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
     if not isinstance(numbers, Tensor):
-        numbers = torch.tensor(_rows(numbers), dtype=torch.int64)
+        return int_tensor(numbers, device)
     return numbers.to(device=device, dtype=torch.int64, non_blocking=True)
 
 

@@ -71,8 +71,8 @@ class SinePositionEncoding(nn.Module):
         y = valid.cumsum(1, dtype=torch.float32)
         x = valid.cumsum(2, dtype=torch.float32)
         # The releases' eps: keeps fully padded rows and columns finite.
-        y = (y + self.offset) / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
-        x = (x + self.offset) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
+        y = (y + self.offset) / (y[:, -1].unsqueeze(1) + 1e-6) * (2 * math.pi)
+        x = (x + self.offset) / (x[:, :, -1].unsqueeze(2) + 1e-6) * (2 * math.pi)
         half = self.dim // 2
         return torch.cat([sine_waves(y, half, self.temperature_y), sine_waves(x, half, self.temperature_x)], dim=3)
 

@@ -178,7 +178,7 @@ class ConditionalDecoder(nn.Module):
         self, memory: Tensor, *, memory_position: Tensor, padding: Tensor | None, queries: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(B, S, D) memory and (Q, D) object queries -> (N, B, Q, D) and reference points (Q, 2)."""
-        batch, dim = len(memory), memory.shape[-1]
+        batch, dim = memory.shape[0], memory.shape[-1]
         reference = self.ref_point_head(queries).float().sigmoid()  # Q x 2
         place = sine_of_coordinates(reference, dim // 2, temperature=10000.0)  # p_s, Q x D
         object_queries = queries.expand(batch, -1, -1)

@@ -108,7 +108,7 @@ class DABDETR(SetDetector):
         """
         anchors = self.anchors()
         content, anchors = self.transformer.queries(anchors.new_zeros(self.transformer.dim), anchors)
-        batch = len(images.tensor)
+        batch = images.tensor.shape[0]
         decoded, anchors = self.transformer(
             **map_tokens(self, images),
             content=content.expand(batch, -1, -1),

@@ -98,7 +98,7 @@ class Levels:
         size = torch.cat(
             [self.centres.new_full((h * w,), 0.05 * 2.0**i) for i, (h, w) in enumerate(self.shapes)]
         )
-        boxes = torch.cat([self.centres, size[:, None].expand(len(self.centres), -1, 2)], -1)  # B x S x 4
+        boxes = torch.cat([self.centres, size[:, None].expand(self.centres.shape[0], -1, 2)], -1)  # B x S x 4
         usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
         if self.padding is not None:
             usable = usable & ~self.padding
@@ -257,9 +257,10 @@ def best_tokens(scores: Tensor, usable: Tensor, count: int, *, ignore_padding: b
     """
     if ignore_padding:
         scores = scores.masked_fill(~usable, -torch.inf)
-    index = scores.topk(min(count, scores.shape[1]), 1).indices
-    missing = count - index.shape[1]
-    return F.pad(index, (0, missing)), F.pad(usable.gather(1, index), (0, missing))
+    # With `count` tokens more that are never better, there are enough of them whatever the image's size is.
+    index = F.pad(scores, (0, count), value=-torch.inf).topk(count, 1).indices
+    found = F.pad(usable, (0, count)).gather(1, index)
+    return index.masked_fill(index >= scores.shape[1], 0), found
 
 
 def take_tokens(x: Tensor, index: Tensor, found: Tensor, empty: float) -> Tensor:

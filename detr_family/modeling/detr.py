@@ -211,7 +211,7 @@ class Transformer(nn.Module):
             memory = memory + position
         at_decoder = position if self.decoder_position == "attention" else None
 
-        queries = queries.expand(len(tokens), -1, -1)  # B x Q x D
+        queries = queries.expand(tokens.shape[0], -1, -1)  # B x Q x D
         if self.query_position == "input":
             content, at_queries = queries, None
         else:

@@ -360,7 +360,7 @@ class DINOTransformer(nn.Module):
     def learned(embedding: nn.Embedding | None, memory: Tensor) -> Tensor:
         """The same vectors for every image, (B, Q, ...)."""
         assert embedding is not None
-        return embedding.weight.expand(len(memory), -1, -1)
+        return embedding.weight.expand(memory.shape[0], -1, -1)
 
     def select(self, memory: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
         """Query selection (section 3.4): the tokens whose best class logit is highest; see `best_tokens`.

@@ -110,7 +110,7 @@ class DNDETR(SetDetector):
         groups = self.make_groups(targets) if self.training and targets is not None else None
         unknown = F.pad(self.label_enc.weight[-1], (0, 1))  # indicator 0
         content, anchors = self.transformer.queries(unknown, self.anchors())
-        content, anchors = beside_denoising(content, anchors, self.label_enc, groups, batch=len(images.tensor))
+        content, anchors = beside_denoising(content, anchors, self.label_enc, groups, batch=images.tensor.shape[0])
         decoded, anchors = self.transformer(
             **map_tokens(self, images),
             content=content,

@@ -44,6 +44,20 @@ def best_pairs(logits: Tensor, boxes: Tensor, topk: int) -> tuple[Tensor, Tensor
     return scores, pair % num_classes, boxes.gather(1, query[..., None].expand(-1, -1, 4))
 
 
+def boxes_in_pixels(boxes_cxcywh: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes in pixels of the image as the detector saw it, clipped to it.
+
+    Args:
+        boxes_cxcywh: (B, k, 4) in [0, 1] of the unpadded image.
+        sizes: (B, 2) int64, height and width of each unpadded image.
+
+    Returns:
+        (B, k, 4) float32 as x1, y1, x2, y2.
+    """
+    scale = sizes.flip(1).repeat(1, 2)[:, None].float()  # B x 1 x 4: width, height, width, height
+    return box_convert(boxes_cxcywh.float(), "cxcywh", "xyxy").clamp(0, 1) * scale
+
+
 def to_instances(
     scores: Tensor, classes: Tensor, boxes_cxcywh: Tensor, image_sizes: Sequence[tuple[int, int]]
 ) -> list[Instances]:

@@ -246,17 +246,29 @@ class SetDetector(nn.Module):
 
     @staticmethod
     def padding_mask(images: ImageList) -> Tensor:
-        """(B, H, W) bool, True where a pixel is padding."""
+        """(B, H, W) bool, True where a pixel is padding.
+
+        The sizes of `images` are pairs of ints; where they are not known to the host, as in an exported graph, one
+        (B, 2) tensor (or one of (2,) per image, as Detectron2 has them while tracing).
+        """
         height, width = images.tensor.shape[-2:]
         device = images.tensor.device
-        sizes = torch.as_tensor(images.image_sizes).to(device, non_blocking=True)  # B x 2
+        sizes = images.image_sizes
+        if not isinstance(sizes, Tensor):
+            sizes = torch.stack(sizes) if _on_device(sizes) else torch.as_tensor(sizes)  # B x 2
+        sizes = sizes.to(device, non_blocking=True)
         below = torch.arange(height, device=device)[None, :, None] >= sizes[:, 0, None, None]
         right = torch.arange(width, device=device)[None, None, :] >= sizes[:, 1, None, None]
         return below | right
 
     @staticmethod
     def has_padding(images: ImageList) -> bool:
-        """Whether any image is smaller than the batch's tensor, known without asking the device."""
+        """Whether any image is smaller than the batch's tensor, known without asking the device.
+
+        Sizes in a tensor are not looked at: there may be padding.
+        """
+        if isinstance(images.image_sizes, Tensor) or _on_device(images.image_sizes):
+            return True
         height, width = images.tensor.shape[-2:]
         return any((h, w) != (height, width) for h, w in images.image_sizes)
 
@@ -310,6 +322,11 @@ def at_least_one(num_queries: int) -> int:
     if num_queries < 1:
         raise ValueError(f"a detector needs at least one query, got {num_queries} (MODEL.DETR.NUM_QUERIES)")
     return num_queries
+
+
+def _on_device(sizes: Sequence[Any]) -> bool:
+    """Whether the sizes of images are tensors, as while tracing."""
+    return any(isinstance(size, Tensor) for size in sizes)
 
 
 def sine_encoding(cfg: CfgNode, *, offset: float | None = None) -> SinePositionEncoding:

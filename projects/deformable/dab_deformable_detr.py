@@ -110,7 +110,7 @@ class DABDeformableDETR(SetDetector):
         if self.patterns_embed is not None:  # the anchors one after another with the first pattern, then the second
             content = (self.patterns_embed.weight[:, None] + content).flatten(0, 1)
             anchors = anchors.repeat(len(self.patterns_embed.weight), 1)
-        batch = len(images.tensor)
+        batch = images.tensor.shape[0]
         decoded, start = self.transformer(
             **level_tokens(self, images),
             content=content.expand(batch, -1, -1),

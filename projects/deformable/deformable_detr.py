@@ -152,7 +152,7 @@ class DeformableDETR(SetDetector):
         if self.query_embed is None:
             content, query_position, reference, proposals = self.transformer.propose(memory, levels, self.num_queries)
         else:
-            content, query_position, reference = self.transformer.start(self.query_embed.weight, len(memory))
+            content, query_position, reference = self.transformer.start(self.query_embed.weight, memory.shape[0])
         decoded, start = self.transformer.decoder(
             content, memory, position=query_position, reference=reference, levels=levels
         )  # N x B x Q x D and N x B x Q x 4

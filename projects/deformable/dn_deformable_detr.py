@@ -102,7 +102,7 @@ class DNDeformableDETR(SetDetector):
         groups = self.make_groups(targets) if self.training and targets is not None else None
         content = F.pad(self.tgt_embed.weight, (0, 1))  # indicator 0
         content, anchors = beside_denoising(
-            content, self.refpoint_embed.weight, self.label_enc, groups, batch=len(images.tensor)
+            content, self.refpoint_embed.weight, self.label_enc, groups, batch=images.tensor.shape[0]
         )
         decoded, start = self.transformer(
             **level_tokens(self, images),

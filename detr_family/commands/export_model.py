@@ -1,0 +1,120 @@
+"""Exporting a trained detector as a command, with its check, and on request the AP of both."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detr_family.config import load_config
+from detr_family.config.options import OptionsParser
+from detr_family.config.projects import add_import
+from detr_family.data.datasets.coco import register_datasets
+from detr_family.data.images import read_image
+from detr_family.engine import Trainer
+from detr_family.errors import UserError, mistakes
+from detr_family.export.exporting import PRECISIONS, SUFFIX, export_model
+from detr_family.inference.exported import ExportedDetector
+from detr_family.inference.predictor import Predictor
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of tools/export_model.py."""
+    result = OptionsParser(
+        description="Writes a detector as a file that runs without it, and compares what both find.",
+        epilog="Exit status: 0, or 1 where nothing was written. What the files take and give: docs/deploy.md.",
+    )
+    result.add_argument(
+        "--config-file", required=True, metavar="FILE", help="one of configs/, or the config.yaml of a training"
+    )
+    result.add_argument("--weights", metavar="FILE", help="the checkpoint; by default MODEL.WEIGHTS of the config")
+    result.add_argument("--format", required=True, choices=list(SUFFIX))
+    result.add_argument(
+        "--output", type=Path, metavar="FILE", help="by default output/model with the format's suffix"
+    )
+    result.add_argument(
+        "--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"),
+        help="size of the images that it is tried with; with --fixed the only one that it takes",
+    )  # fmt: skip
+    result.add_argument("--batch", type=int, default=1, help="the same for the number of images; by default 1")
+    result.add_argument("--fixed", action="store_true", help="only this size and batch: what follows is constant")
+    result.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the weights (openvino)")
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for aoti: what it is compiled for")
+    result.add_argument(
+        "--plain", action="store_true", help="torch_export, aoti: no operator of ours, so that torch alone loads it"
+    )
+    result.add_argument(
+        "--images", nargs="*", default=[], metavar="FILE", help="to compare on, resized; by default some are drawn"
+    )
+    result.add_argument(
+        "--evaluate", action="store_true", help="then the AP of the detector and of the file on DATASETS.TEST"
+    )
+    add_import(result)
+    result.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs of the configuration")
+    return result
+
+
+def command(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and do what it says; returns the exit status."""
+    return run(parser().parse_args(arguments))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does what the command line says; returns the exit status."""
+    try:
+        with mistakes():
+            predictor, cfg, output = _export(args)
+    except UserError as error:
+        print(f"export_model: {error}", file=sys.stderr)
+        return 1
+    if args.evaluate:
+        exported = ExportedDetector(output, input_format=cfg.INPUT.FORMAT)
+        print(beside({"detector": Trainer.test(cfg, predictor.model), args.format: Trainer.test(cfg, exported)}))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> tuple[Predictor, Any, Path]:
+    output = args.output or Path("output") / f"model{SUFFIX[args.format]}"
+    cfg = load_config(args.config_file, args.opts)
+    register_datasets(cfg)
+    images = [torch.from_numpy(read_image(name, "RGB").copy()).permute(2, 0, 1) for name in args.images]
+    predictor = Predictor.from_config(cfg, args.weights)
+    difference = export_model(
+        predictor,
+        args.format,
+        output,
+        size=tuple(args.size),
+        batch=args.batch,
+        dynamic=not args.fixed,
+        precision=args.precision,
+        device=args.device,
+        native=False if args.plain else None,
+        images=images,
+    )
+    assert difference is not None
+    print(
+        f"{output}: {difference.compared} detections compared with the detector's, largest differences "
+        f"{difference.score:.2g} of score and {difference.box:.2g} pixels"
+    )
+    return predictor, cfg, output
+
+
+def beside(results: dict[str, dict[str, Any]]) -> str:
+    """A table of the box metrics of several evaluations, a line each; of several datasets, those of each."""
+    lines = []
+    width = max(len(name) for name in results)
+    for key in ("AP", "AP50", "AP75"):
+        for name, result in results.items():
+            values = " ".join(f"{value:8.3f}" for value in _values(result, key))
+            lines.append(f"{key:5s} {name:{width}s} {values}")
+    return "\n".join(lines)
+
+
+def _values(result: dict[str, Any], key: str) -> Sequence[float]:
+    if "bbox" in result:
+        return [result["bbox"][key]]
+    return [inner["bbox"][key] for inner in result.values()]

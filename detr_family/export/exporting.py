@@ -1,0 +1,228 @@
+"""From a detector to a file that others run, checked against the detector before anyone relies on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from detr_family.errors import UserError, require
+from detr_family.export.formats import (
+    export_program,
+    write_aoti,
+    write_onnx,
+    write_openvino,
+    write_torch_export,
+    write_torchscript,
+)
+from detr_family.export.graph import DetectionGraph
+from detr_family.export.parity import BOX_BOUND, SCORE_BOUND, Difference, compare, sample_batches
+from detr_family.inference.exported import ExportedDetector
+from detr_family.inference.predictor import Predictor
+from detr_family.layers import deformable_attention_ops
+from detr_family.modeling.set_detector import SetDetector
+
+SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2", "openvino": ".xml", "torchscript": ".ts", "aoti": ".pt2"}
+PRECISIONS = ("float32", "float16")
+
+_logger = logging.getLogger(__name__)
+
+
+def export_model(
+    model: SetDetector | Predictor | CfgNode | str | os.PathLike[str],
+    format: str,
+    output: str | os.PathLike[str],
+    *,
+    size: tuple[int, int] = (800, 1333),
+    batch: int = 1,
+    dynamic: bool = True,
+    precision: str = "float32",
+    weights: str | os.PathLike[str] | None = None,
+    opts: Sequence[str] = (),
+    input_format: str | None = None,
+    class_names: Sequence[str] | None = None,
+    device: str = "cpu",
+    native: bool | None = None,
+    images: Sequence[Tensor] = (),
+    check: bool = True,
+) -> Difference | None:
+    """Write a detector as a file that runs without it, and compare the two.
+
+    What goes in and out is the same in every format: see `detr_family.inference.exported`.
+
+    Args:
+        model: a detector; a `Predictor`; or a configuration, a config file or a name of one, with its weights.
+        format: "onnx", "torch_export", "openvino", "torchscript" or "aoti".
+        output: the file: .onnx, .pt2, .xml (with the weights in a .bin beside it), .ts, .pt2.
+        size: height and width that it is tried with; with `dynamic=False` the only one that it takes.
+        batch: images that it is tried with; with `dynamic=False` the only number that it takes.
+        dynamic: leave number and size of the images open. False: everything that follows from them is constant, the
+            file has no input `sizes`, and an image has to fill it.
+        precision: "float32", or for openvino "float16", of the weights in the file.
+        weights: where `model` is a configuration: the checkpoint, by default its MODEL.WEIGHTS.
+        opts: where it is a file or name: KEY, VALUE, KEY, VALUE ...
+        input_format: where it is a detector: the channel order that it was trained with; "RGB" by default.
+        class_names: where it is a detector: names by class number.
+        device: "cpu", or "cuda" for aoti, whose code is for one of the two.
+        native: for torch_export and aoti: keep deformable attention as this package's operator, which is faster, and
+            which whoever loads the file has to import. None: where it is built here. The others never hold it.
+        images: (3, H, W) uint8, RGB, to compare on; by default some are drawn.
+        check: compare.
+
+    Returns:
+        the largest differences; None without a comparison.
+
+    Raises:
+        UserError: a format, precision, size or device that cannot be; a package that is missing; what the file finds
+            differs from what the detector finds, by more than `SCORE_BOUND` or `BOX_BOUND` among the detections that
+            score 0.1 or more. The file is then removed.
+    """
+    path = Path(output)
+    _check_request(format, path, size, batch, precision, device)
+    predictor = _predictor(model, weights, opts, input_format, class_names)
+    detector: Any = predictor.model
+    if native is None:
+        # Compiled code needs no guards for an operator that is missing elsewhere, and is tied to this machine anyway.
+        native = deformable_attention_ops.library_file(device) is not None
+    native = native and format in ("torch_export", "aoti")
+    graph = DetectionGraph(detector, input_format=predictor.input_format, device=torch.device(device))
+    inputs = _example(size, max(batch, 2) if dynamic else batch, dynamic, device)
+    about = _about(predictor, size, batch, dynamic)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if format == "torchscript":
+        write_torchscript(graph, inputs, path, about)
+    else:
+        program = export_program(graph, inputs, native=native)
+        about["least_size"] = _least_size(program, size, dynamic)
+        if format == "onnx":
+            write_onnx(program, path, about)
+        elif format == "openvino":
+            with tempfile.TemporaryDirectory() as folder:
+                onnx_file = Path(folder) / "model.onnx"
+                write_onnx(program, onnx_file, about, optional_sizes=False)
+                write_openvino(onnx_file, path, about, half=precision == "float16")
+        elif format == "torch_export":
+            write_torch_export(program, path, about)
+        else:
+            write_aoti(program, path, about)
+    if not check:
+        return None
+    return check_exported(predictor, path, size=size, batch=batch, dynamic=dynamic, precision=precision, images=images)
+
+
+def check_exported(
+    predictor: Predictor,
+    path: Path,
+    *,
+    size: tuple[int, int],
+    batch: int,
+    dynamic: bool,
+    precision: str = "float32",
+    images: Sequence[Tensor] = (),
+) -> Difference:
+    """Compare a file with the detector that it was written from, at two sizes and two batch sizes where these are open.
+
+    Raises:
+        UserError: see `export_model`.
+    """
+    height, width = size
+    sizes = [size, (width - width // 4, height)] if dynamic else [size]
+    counts = sorted({1, max(batch, 2)}) if dynamic else [batch]
+    batches = sample_batches(sizes, counts, images)
+    if not dynamic:  # an image has to fill it
+        batches = [[{**x, "image": batches[0][0]["image"].roll(7 * i, 1)} for i, x in enumerate(batches[0])]]
+        batches = [[{"image": x["image"]} for x in batch] for batch in batches]
+    flip = predictor.input_format == "BGR"
+    exported = ExportedDetector(path, input_format=predictor.input_format)
+    if flip:
+        batches = [[{**x, "image": x["image"].flip(0)} for x in batch] for batch in batches]
+    result = compare(predictor.model, exported, batches)
+    # Rounding the weights to 16 bits is what was asked for; the differences are told, and gross ones refused.
+    looser = 50.0 if precision == "float16" else 1.0
+    if not result.within(looser * SCORE_BOUND, looser * BOX_BOUND):
+        path.unlink()
+        raise UserError(
+            f"{path} was removed: it differs from the detector by {result.score:.2g} of score and {result.box:.2g} "
+            f"pixels, and lacks {result.missing} of {result.compared + result.missing} detections (allowed: "
+            f"{looser * SCORE_BOUND:g}, {looser * BOX_BOUND:g} and none)"
+        )
+    return result
+
+
+def _check_request(
+    format: str, path: Path, size: tuple[int, int], batch: int, precision: str, device: str
+) -> None:
+    if format not in SUFFIX:
+        raise UserError(f"there is no export to {format!r}; there is one to {', '.join(SUFFIX)}")
+    if path.suffix != SUFFIX[format]:
+        raise UserError(f"{path} must end in {SUFFIX[format]}, which tells what it is when it is opened")
+    if min(size) < 1 or batch < 1:
+        raise UserError(f"size {size[0]}x{size[1]} and batch {batch} must be at least 1")
+    if precision not in PRECISIONS or (precision == "float16" and format != "openvino"):
+        raise UserError(f"precision is {precision!r}; it may be 'float32', or for openvino 'float16'")
+    if device not in ("cpu", "cuda") or (device == "cuda" and format != "aoti"):
+        raise UserError(f"device is {device!r}; it may be 'cpu', or for aoti 'cuda': the other files run on any")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here, and code for one is compiled on one: export with device cpu")
+    if format in ("onnx", "openvino"):
+        for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ("onnx", "onnxscript", "openvino"):
+            require(name, format)
+
+
+def _predictor(
+    model: SetDetector | Predictor | CfgNode | str | os.PathLike[str],
+    weights: str | os.PathLike[str] | None,
+    opts: Sequence[str],
+    input_format: str | None,
+    class_names: Sequence[str] | None,
+) -> Predictor:
+    if isinstance(model, Predictor):
+        predictor = model
+    elif isinstance(model, SetDetector):
+        predictor = Predictor(model, class_names=class_names, input_format=input_format or "RGB")
+    else:
+        predictor = Predictor.from_config(model, weights, opts=opts)
+    if not isinstance(predictor.model, SetDetector):
+        raise UserError(f"a {type(predictor.model).__name__} cannot be exported: a detector of this package is needed")
+    if predictor.input_format not in ("RGB", "BGR"):
+        raise UserError(f"a detector for images of INPUT.FORMAT {predictor.input_format!r} cannot be exported yet")
+    return predictor
+
+
+def _example(size: tuple[int, int], batch: int, dynamic: bool, device: str) -> tuple[Tensor, ...]:
+    images = torch.zeros(batch, 3, *size, dtype=torch.uint8, device=device)
+    if not dynamic:
+        return (images,)
+    return images, torch.tensor([size], device=device).repeat(batch, 1)
+
+
+def _about(predictor: Predictor, size: tuple[int, int], batch: int, dynamic: bool) -> dict[str, Any]:
+    model: Any = predictor.model
+    return {
+        "detector": type(model).__name__,
+        "num_classes": model.num_classes,
+        "class_names": predictor.class_names,
+        "min_size": predictor.min_size,
+        "max_size": predictor.max_size,
+        "resize_rounding": predictor.resize_rounding,
+        "size": None if dynamic else list(size),
+        "batch": None if dynamic else batch,
+        "least_size": [1, 1],
+        "torch": torch.__version__,
+    }
+
+
+def _least_size(program: Any, size: tuple[int, int], dynamic: bool) -> list[int]:
+    """Height and width that the program's own ranges allow."""
+    if not dynamic:
+        return list(size)
+    images = next(node for node in program.graph.nodes if node.name == "images")
+    ranges = program.range_constraints
+    return [max(1, int(ranges[images.meta["val"].shape[i].node.expr].lower)) for i in (2, 3)]

@@ -1,0 +1,216 @@
+"""Every detector in every format finds what it finds eagerly, and what cannot be exported is said in a line."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from detr_family.errors import UserError
+from detr_family.export import export_model
+from detr_family.export.exporting import SUFFIX
+from detr_family.export.parity import compare, sample_batches
+from detr_family.inference import Predictor
+from detr_family.inference.exported import ExportedDetector
+from detr_family.modeling.set_detector import SetDetector
+
+SIZE = (96, 112)
+NAMES = ["apple", "pear", "plum"]
+
+
+def spread(model: SetDetector) -> SetDetector:
+    """Scores that differ, as a trained detector's do: class heads with larger weights."""
+    model.eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "class_embed" in name and name.endswith("weight"):
+                parameter.mul_(8)
+    return model
+
+
+def exported(name: str, format: str, folder: Path, **keys: Any) -> tuple[SetDetector, Path]:
+    """The named tiny detector and its file, compared while it was written."""
+    needed = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino")}
+    for package in needed.get(format, ()):
+        pytest.importorskip(package)
+    model = spread(tiny.build(name))
+    path = folder / f"model{SUFFIX[format]}"
+    difference = export_model(model, format, path, **{"size": SIZE, "class_names": NAMES, "batch": 2, **keys})
+    assert difference is not None and difference.within() and difference.compared > 20
+    return model, path
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> tuple[SetDetector, Path]:
+    """DETR in the format that is written fastest."""
+    return exported("DETR", "torchscript", tmp_path_factory.mktemp("script"))
+
+
+def agree(model: SetDetector, path: Path, sizes: list[tuple[int, int]], counts: list[int]) -> None:
+    detector = ExportedDetector(path)
+    detector.train().eval()  # as an evaluation does with any model
+    result = compare(model, detector, sample_batches(sizes, counts, seed=3))
+    assert result.within(), result
+
+
+def test_torchscript_of_detr(script: tuple[SetDetector, Path]) -> None:
+    agree(*script, [(64, 80), (16, 48)], [1, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in tiny.DETECTORS if name != "DETR"])
+def test_torchscript(name: str, tmp_path: Path) -> None:
+    model, path = exported(name, "torchscript", tmp_path)
+    agree(model, path, [(64, 80), (16, 48)], [1, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino", "torch_export"])
+@pytest.mark.parametrize("name", list(tiny.DETECTORS))
+def test_all_formats(name: str, format: str, tmp_path: Path) -> None:
+    model, path = exported(name, format, tmp_path)
+    # A single token at the coarsest level, an extreme shape, fewer tokens than queries.
+    agree(model, path, [(64, 80), (16, 400), (16, 16)], [1, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino", "torch_export"])
+@pytest.mark.parametrize("name", ["DETR", "DINO"])
+def test_a_fixed_size(name: str, format: str, tmp_path: Path) -> None:
+    _, path = exported(name, format, tmp_path, dynamic=False)
+    assert ExportedDetector(path).about["size"] == list(SIZE)
+
+
+@pytest.mark.slow
+def test_compiled_ahead_of_time(tmp_path: Path) -> None:
+    model, path = exported("DINO", "aoti", tmp_path)
+    agree(model, path, [(64, 80)], [1, 3])
+
+
+def test_a_fixed_size_takes_fewer_images_and_others_stretched(tmp_path: Path) -> None:
+    _, path = exported("DETR", "torchscript", tmp_path, dynamic=False)
+    detector = ExportedDetector(path)
+    image = tiny.image(*SIZE, 0, seed=1)["image"]
+    alone, again = (detector([{"image": image}])[0]["instances"], detector([{"image": image}] * 3)[2]["instances"])
+    assert torch.allclose(alone.scores, again.scores, atol=1e-6) and alone.image_size == SIZE
+    twice = torch.nn.functional.interpolate(image[None].float(), scale_factor=2.0)[0].byte()
+    larger = detector([{"image": twice}])[0]["instances"]
+    assert larger.image_size == (192, 224)
+    assert torch.allclose(larger.pred_boxes.tensor, 2 * alone.pred_boxes.tensor, atol=2.0)
+
+
+def test_a_predictor_takes_a_file_in_place_of_a_checkpoint(script: tuple[SetDetector, Path], tmp_path: Path) -> None:
+    model, path = script
+    cfg = tiny.cfg_of("DETR")
+    eager = Predictor(model, class_names=NAMES)
+    for predictor in (Predictor.from_exported(path), Predictor.from_config(cfg, path)):
+        assert predictor.class_names == NAMES
+        predictor.resize = eager.resize
+        array = tiny.image(50, 60, 0, seed=4)["image"].permute(1, 2, 0).numpy()
+        file = tmp_path / "image.png"
+        Image.fromarray(array).save(file)
+        for source in (array, file):
+            expected, found = eager(source), predictor(source)
+            assert torch.allclose(expected.scores, found.scores, atol=1e-4)
+            assert predictor.names(found) == eager.names(expected)
+
+
+def test_channels_in_the_order_of_the_training(tmp_path: Path) -> None:
+    model, path = exported("DETR", "torchscript", tmp_path, input_format="BGR")
+    bgr = tiny.image(64, 80, 0, seed=2)["image"]
+    expected = model([{"image": bgr}])[0]["instances"]
+    found = ExportedDetector(path, input_format="BGR")([{"image": bgr}])[0]["instances"]
+    rgb = ExportedDetector(path)([{"image": bgr.flip(0)}])[0]["instances"]
+    assert torch.allclose(expected.scores, found.scores, atol=1e-4)
+    assert torch.equal(found.scores, rgb.scores)
+
+
+@pytest.mark.slow
+def test_onnxruntime_alone_takes_images_without_sizes(tmp_path: Path) -> None:
+    model, path = exported("DETR", "onnx", tmp_path)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(path))
+    image = tiny.image(*SIZE, 0, seed=1)["image"]
+    boxes, scores, labels = session.run(None, {"images": image[None].repeat(2, 1, 1, 1).numpy()})
+    expected = model([{"image": image}])[0]["instances"]
+    assert torch.allclose(expected.scores, torch.from_numpy(scores[1]), atol=1e-4)
+    assert torch.allclose(expected.pred_boxes.tensor, torch.from_numpy(boxes[1]), atol=1e-2)
+    assert labels.dtype == "int64" and session.get_modelmeta().custom_metadata_map["class_names"] == str(
+        NAMES
+    ).replace("'", '"')
+
+
+def test_a_file_that_differs_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import detr_family.export.exporting as exporting
+
+    def broken(graph: torch.nn.Module, *args: Any) -> None:
+        with torch.no_grad():
+            next(p for k, p in graph.named_parameters() if "class_embed" in k).mul_(1.2)
+        write(graph, *args)
+
+    write = exporting.write_torchscript
+    monkeypatch.setattr(exporting, "write_torchscript", broken)
+    with pytest.raises(UserError, match="was removed: it differs from the detector by"):
+        export_model(spread(tiny.build("DETR")), "torchscript", tmp_path / "model.ts", size=SIZE)
+    assert not (tmp_path / "model.ts").exists()
+
+
+@pytest.mark.parametrize(
+    ("format", "file", "keys", "message"),
+    [
+        ("coreml", "a.ml", {}, "there is no export to 'coreml'"),
+        ("onnx", "a.pt2", {}, r"must end in \.onnx"),
+        ("onnx", "a.onnx", {"batch": 0}, "must be at least 1"),
+        ("onnx", "a.onnx", {"precision": "float16"}, "for openvino 'float16'"),
+        ("onnx", "a.onnx", {"device": "cuda"}, "for aoti 'cuda'"),
+    ],
+)
+def test_what_cannot_be_is_said(format: str, file: str, keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        export_model(tiny.build("DETR"), format, tmp_path / file, **keys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_device_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no CUDA device here"):
+        export_model(tiny.build("DETR"), "aoti", tmp_path / "a.pt2", device="cuda")
+
+
+@pytest.mark.parametrize(("format", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_a_missing_package_is_said_with_its_extra(
+    format: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.import_module
+
+    def absent(name: str, *args: Any) -> Any:
+        if name == package:
+            raise ImportError(f"No module named '{package}'")
+        return builtins if name in ("onnx", "onnxscript") else real(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(UserError, match=rf"needs {package}.*detr_family\[{format}\]"):
+        export_model(tiny.build("DETR"), format, tmp_path / f"a{SUFFIX[format]}")
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no exported detector"):
+        ExportedDetector(tmp_path / "none.ts")
+    (tmp_path / "model.ts").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"model\.ts cannot be opened"):
+        ExportedDetector(tmp_path / "model.ts")
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "other.ts")
+    with pytest.raises(UserError, match="says nothing about itself"):
+        ExportedDetector(tmp_path / "other.ts")
+
+
+def test_an_image_that_is_too_small_is_refused(script: tuple[SetDetector, Path]) -> None:
+    detector = ExportedDetector(script[1])
+    detector.about["least_size"] = [32, 32]
+    with pytest.raises(UserError, match=r"an image of 16x48 is smaller than model\.ts takes, 32x32"):
+        detector([{"image": torch.zeros(3, 16, 48, dtype=torch.uint8)}])
