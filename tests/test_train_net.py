@@ -61,13 +61,13 @@ def test_train_then_evaluate_then_resume(data: list[str], tmp_path: Path) -> Non
     last = {k: v for line in metrics(tmp_path) for k, v in line.items()}
     assert {"bbox/AP", "bbox/AP50", "total_loss", "loss_ce", "loss_giou_0", "lr", "grad_norm"} <= last.keys()
 
-    run = train_net("--eval-only", *options, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"))
+    run = train_net(*options, "MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "--eval-only")
     assert run.returncode == 0, run.stderr[-2000:]
     line = [x for x in (run.stdout + run.stderr).splitlines() if "copypaste" in x][-1]
     assert float(line.rsplit(" ", 1)[-1].split(",")[0]) == pytest.approx(last["bbox/AP"], abs=1e-3)
     assert (tmp_path / "inference" / "coco_instances_results.json").is_file()
 
-    run = train_net("--resume", *options, "SOLVER.MAX_ITER", "6")
+    run = train_net(*options, "SOLVER.MAX_ITER", "6", "--resume")
     assert run.returncode == 0, run.stderr[-2000:]
     assert "Starting training from iteration 3" in run.stdout + run.stderr
     assert max(line["iteration"] for line in metrics(tmp_path) if "total_loss" in line) == 5
@@ -204,8 +204,14 @@ def test_a_mistake_in_two_processes_is_one_line(data: list[str], tmp_path: Path,
         (["SOLVER.ACCUMULATION_STEPS", "3"], "SOLVER.IMS_PER_BATCH 4 cannot be split over 1 processes"),
         (["MODEL.DETR.FREEZE", "['encodr']"], "similar: "),
         (["DATASETS.COCO_FORMAT", "[['a', 'b']]"], "DATASETS.COCO_FORMAT"),
+        (["DATASETS.TEST", "('cells_val')"], "DATASETS.TEST is 'cells_val', one text"),
+        (["DATASETS.TEST", "('unheard_of',)"], "DATASETS.TEST names 'unheard_of'"),
+        (["DATASETS.TEST", "('coco_2017_val',)", "--eval-only"], "'coco_2017_val' in DATASETS.TEST cannot be evaluated"),
+        (["DATASETS.TEST", "('unheard_of',)", "--eval-only"], "DATASETS.TEST names 'unheard_of'"),
+        (["DATASETS.TEST", "()", "--eval-only"], "DATASETS.TEST is empty"),
+        (["SEED", "1", "--resme"], "unrecognized arguments: --resme"),
     ],
-    ids=lambda x: x if isinstance(x, str) else x[0],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x[:3]),
 )
 def test_mistakes_end_with_one_clear_line(
     data: list[str], tmp_path: Path, arguments: list[str], message: str
@@ -214,4 +220,4 @@ def test_mistakes_end_with_one_clear_line(
     run = train_net(*flags, *data, "OUTPUT_DIR", str(tmp_path), *opts)
     assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr, run.stderr[-2000:]
     last = run.stderr.splitlines()[-1]
-    assert last.startswith("train_net: ") and message in last
+    assert last.startswith(("train_net: ", "train_net.py: error: ")) and message in last

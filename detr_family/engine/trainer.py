@@ -72,10 +72,10 @@ class Trainer(DefaultTrainer):
         warn_of_ignored(cfg, [group for group, method in own.items() if self._overrides(method)])
         check_dataset_names(cfg)
         cfg = _registered(cfg)
-        check_test_sets(cfg)
         parts = parts_of_step(cfg, comm.get_world_size())
         check_class_count(cfg)
         dataset = training_dicts(cfg)
+        check_test_sets(cfg)
         self.cfg = cfg = iterations_from_epochs(cfg, len(dataset))
         self.seed = run_seed(cfg.SEED)
         self.images = 0  # taken by all processes

@@ -17,7 +17,7 @@ from detectron2.evaluation import DatasetEvaluator
 from engine_runs import run_cfg
 
 from detr_family.data.dataset_mapper import DETRDatasetMapper
-from detr_family.data.datasets.coco import training_dicts
+from detr_family.data.datasets.coco import check_test_sets, training_dicts
 from detr_family.engine import Trainer
 from detr_family.engine.loader import InParts, TrainLoader
 
@@ -142,6 +142,13 @@ def test_losses_without_ground_truth_are_told(tmp_path: Path) -> None:
     assert len(model.eval()(inputs)) == 2
 
 
+def test_a_built_in_test_set_that_is_not_here_is_told(cfg: CfgNode) -> None:
+    cfg.DATASETS.TEST = ("coco_2017_val",)
+    message = r"'coco_2017_val' in DATASETS\.TEST cannot be evaluated on: its annotation file .* is not there"
+    with pytest.raises(ValueError, match=message):
+        check_test_sets(cfg)
+
+
 def changed(path: str, folder: Path, **keys: Any) -> str:
     """A copy of an annotation file with other entries; one that is None is left out."""
     data = {**json.loads(Path(path).read_text()), **keys}
@@ -160,7 +167,6 @@ def changed(path: str, folder: Path, **keys: Any) -> str:
         ("no categories", r"'other.*' in DATASETS\.TEST cannot be evaluated on: .*\"categories\" is missing"),
         ("broken", r"'other.*' in DATASETS\.TEST cannot be evaluated on: .*the file is not JSON"),
         ("no images", r"'other.*' in DATASETS\.TEST cannot be evaluated on: .*images looked for are missing"),
-        ("built in", r"'coco_2017_val' in DATASETS\.TEST cannot be evaluated on: its annotation file .* is not there"),
         ("detector", r"MODEL\.META_ARCHITECTURE is 'DETRR', which is not registered"),
     ],
 )
@@ -185,6 +191,6 @@ def test_mistakes_are_told_before_a_training_from_python(tmp_path: Path, fault: 
     elif fault == "train string":
         cfg.DATASETS.TRAIN = cfg.DATASETS.TRAIN[0]
     else:
-        cfg.DATASETS.TEST = {"string": "other", "unknown": ("other",), "built in": ("coco_2017_val",)}[fault]
+        cfg.DATASETS.TEST = {"string": "other", "unknown": ("other",)}[fault]
     with pytest.raises(ValueError, match=message):
         Trainer(cfg)
