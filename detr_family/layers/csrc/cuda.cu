@@ -138,6 +138,8 @@ Operands check_cuda(const Tensor& value, const Tensor& shapes, const Tensor& sta
   // There are 16-bit kernels for D = 32, and fused ones where offsets and logits are 16-bit too.
   if (in.value.element_size() == 2 && (in.channels != kExactChannels || (reference.has_value() && !narrow)))
     in.value = cast(in.value, in.compute);
+  STD_TORCH_CHECK(in.heads * in.channels < (int64_t(1) << 27), "ms_deform_attn: a token of ", in.heads, " heads of ",
+                  in.channels, " channels is too wide");
   in.value = aligned(in.value);
   return in;
 }

@@ -209,6 +209,7 @@ __device__ __forceinline__ void set_up(const Params& params, Level* level_of_poi
     const int l = k / params.points;
     const int64_t height = params.shapes[2 * l], width = params.shapes[2 * l + 1], start = params.starts[l];
     int64_t before = 0;
+#pragma unroll 1
     for (int i = 0; i < l; ++i) before += params.shapes[2 * i] * params.shapes[2 * i + 1];
     const int64_t end = before + height * width;
     if (height < 1 || width < 1 || height > params.tokens || width > params.tokens || start != before ||
@@ -360,25 +361,38 @@ __device__ __forceinline__ void normalise(const Params& params, int lane, int64_
   factor = T(1) / sum_over_group<C::group>(sum);
 }
 
-// The four corners of point j of the chunk: loads their values (zero outside) and gives their places.
-template <typename C>
+// a * b + c in one instruction, which nvcc makes five of once b is the same for all threads.
+__device__ __forceinline__ uint64_t multiply_add_wide(int32_t a, int32_t b, uint64_t c) {
+  uint64_t result;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(result) : "r"(a), "r"(b), "l"(c));
+  return result;
+}
+
+// The four corners of point j of the chunk.
 struct Corners {
-  typename C::T value[4][C::width];
-  int64_t offset[4];  // in numbers, from the head's first
+  int32_t upper, lower;  // the tokens of corners 0 and 2
   bool inside[4];
 
-  __device__ __forceinline__ void load(const typename C::V* base, const Place& place, int32_t row_stride, bool there) {
-    const int64_t upper = int64_t(place.token_and_mask >> 4) * row_stride;
-    const int64_t lower = upper + int64_t(place.width) * row_stride;
-    offset[0] = upper;
-    offset[1] = upper + row_stride;
-    offset[2] = lower;
-    offset[3] = lower + row_stride;
+  __device__ __forceinline__ Corners(const Place& place, bool there) {
+    upper = place.token_and_mask >> 4;
+    lower = upper + place.width;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      inside[c] = (place.token_and_mask >> c & 1) && there;
-      Lane<typename C::V, C::width>::load(base + offset[c], inside[c], value[c]);
-    }
+    for (int c = 0; c < 4; ++c) inside[c] = (place.token_and_mask >> c & 1) && there;
+  }
+
+  template <typename X>
+  __device__ __forceinline__ X* at(X* first, int c, int32_t row_bytes) const {
+    const int32_t token = c < 2 ? upper : lower;
+    const uint64_t address = multiply_add_wide(token, row_bytes, reinterpret_cast<uint64_t>(first));
+    return reinterpret_cast<X*>(address + c % 2 * row_bytes);
+  }
+
+  // Values; zero outside.
+  template <typename V, typename T, int width>
+  __device__ __forceinline__ void load(const V* first, int32_t row_bytes, T (&value)[4][width]) const {
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      Lane<V, width>::load(at(first, c, row_bytes), inside[c], value[c]);
   }
 };
 
@@ -395,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename C::T) == 4 ? 4 : 2)
   const int slot = threadIdx.x / C::group, lane = threadIdx.x % C::group;
   const int64_t q = query[slot] < 0 ? 0 : query[slot];  // beyond the last query: works along, stores nothing
   const int count = params.levels * params.points;
-  const int32_t row_stride = params.heads * params.channels;
+  const int32_t row_stride = params.heads * params.channels, row_bytes = row_stride * int32_t(sizeof(V));
   for (int64_t head = blockIdx.y; head < int64_t(params.batch) * params.heads; head += gridDim.y) {
     const int64_t b = head / params.heads, m = head % params.heads;
     const int64_t row = (b * params.queries + q) * params.heads + m;
@@ -416,12 +430,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename C::T) == 4 ? 4 : 2)
 #pragma unroll 4
         for (int j = 0; j < end; ++j) {
           const Weights<T> weights = exchange.weights[slot * C::stride + j];
-          Corners<C> corners;
-          corners.load(base, exchange.places[slot * C::stride + j], row_stride, there);
+          const Corners corners(exchange.places[slot * C::stride + j], there);
+          T value[4][C::width];
+          corners.load(base, row_bytes, value);
 #pragma unroll
           for (int c = 0; c < 4; ++c)
 #pragma unroll
-            for (int i = 0; i < C::width; ++i) sum[i] += weights.corner[c] * corners.value[c][i];
+            for (int i = 0; i < C::width; ++i) sum[i] += weights.corner[c] * value[c][i];
         }
       }
       if (query[slot] >= 0 && there)
@@ -444,7 +459,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool real = query[slot] >= 0;
   const int64_t q = real ? query[slot] : 0;
   const int count = params.levels * params.points;
-  const int32_t row_stride = params.heads * params.channels;
+  const int32_t row_stride = params.heads * params.channels, row_bytes = row_stride * int32_t(sizeof(V));
   FixedPoint fixed{};
   if constexpr (deterministic) fixed = fixed_point(params.limits, params.queries * count);
   for (int64_t head = blockIdx.y; head < int64_t(params.batch) * params.heads; head += gridDim.y) {
@@ -471,6 +486,9 @@ __global__ void __launch_bounds__(kThreads, 2)
           const int channel = first_channel + lane * C::width;
           const bool there = C::exact || channel < params.channels;
           const V* base = static_cast<const V*>(params.value) + head_begin + channel;
+          T* grad_base = static_cast<T*>(params.grad_value) + head_begin + channel;
+          [[maybe_unused]] int64_t* sums_base = nullptr;
+          if constexpr (deterministic) sums_base = params.sums + head_begin + channel;
           T grad[C::width];
           Lane<V, C::width>::load(static_cast<const V*>(params.grad_output) + row * params.channels + channel,
                                   there && real, grad);
@@ -479,22 +497,23 @@ __global__ void __launch_bounds__(kThreads, 2)
           for (int j = 0; j < C::group; ++j) {
             if (C::exact ? j % 4 == 0 && j >= end : j >= end) break;  // fours: their loads go out together
             const Weights<T> weights = exchange.weights[slot * C::stride + begin + j];
-            Corners<C> corners;  // what lies beyond `count` is outside, work_out says
-            corners.load(base, exchange.places[slot * C::stride + begin + j], row_stride, there);
+            // what lies beyond `count` is outside, work_out says
+            const Corners corners(exchange.places[slot * C::stride + begin + j], there);
+            T value[4][C::width];
+            corners.load(base, row_bytes, value);
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
               T dot = T(0);
               T by[C::width];
 #pragma unroll
               for (int i = 0; i < C::width; ++i) {
-                dot += grad[i] * corners.value[c][i];
+                dot += grad[i] * value[c][i];
                 by[i] = grad[i] * weights.corner[c];
               }
               if (corners.inside[c] && real) {
-                const int64_t to = head_begin + channel + corners.offset[c];
-                T* numbers = static_cast<T*>(params.grad_value) + to;
+                T* numbers = corners.at(grad_base, c, row_stride * int32_t(sizeof(T)));
                 if constexpr (deterministic) {
-                  add_fixed(params.sums + to, numbers, by, fixed);
+                  add_fixed(corners.at(sums_base, c, row_stride * 8), numbers, by, fixed);
                 } else {
                   add(numbers, by);
                 }

@@ -60,6 +60,12 @@ _WORDS: list[tuple[str, str, int | None, int | None]] = [
         0,
         1,
     ),
+    (
+        r'asm\("mad\.wide\.s32 %0, %1, %2, %3;" : "=l"\((\w+)\) : "r"\((\w+)\), "r"\((\w+)\), "l"\((\w+)\)\);',
+        r"\1 = uint64_t(int64_t(\2) * \3) + \4;",
+        0,
+        1,
+    ),
 ]
 # Local arrays that are read 16 bytes at a time; g++ aligns them by itself, nvcc need not.
 _WIDE_READ = re.compile(r"reinterpret_cast<(?:const )?(?:uint4|float4)\*>\((\w+)\)")
