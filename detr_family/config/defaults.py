@@ -211,6 +211,15 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     cfg.SOLVER.DROP_EPOCHS = ()
     # Epochs between checkpoints; above 0 it takes the place of SOLVER.CHECKPOINT_PERIOD.
     cfg.SOLVER.CHECKPOINT_EPOCHS = 0
+    # How many of the checkpoints that are written in between stay; 0: all. model_final.pth and model_best.pth stay too.
+    cfg.SOLVER.MAX_TO_KEEP = 5
+    # Whenever this is the highest so far, model_best.pth is written; as in metrics.json ("bbox/AP50", "ema/bbox/AP").
+    # Of several test sets the first counts, if none is named ("cells_val/bbox/AP"). "": none is written.
+    cfg.SOLVER.BEST_METRIC = "bbox/AP"
+    # The training ends once SOLVER.BEST_METRIC has not risen by more than MIN_DELTA (in %) in PATIENCE evaluations.
+    cfg.SOLVER.EARLY_STOP = CfgNode()
+    cfg.SOLVER.EARLY_STOP.PATIENCE = 0
+    cfg.SOLVER.EARLY_STOP.MIN_DELTA = 0.0
     # Epochs between evaluations; above 0 it takes the place of TEST.EVAL_PERIOD.
     cfg.TEST.EVAL_EPOCHS = 0
     # The most detections of an image that count in COCO's AP and AR (the protocol's 100). Where an image has more

@@ -29,6 +29,7 @@ from detr_family.config.ignored import warn_of_ignored
 from detr_family.data.dataset_mapper import DETRDatasetMapper, build_test_loader
 from detr_family.data.datasets.coco import check_dataset_names, check_test_sets, register_datasets, training_dicts
 from detr_family.engine.averaging import WeightAverage
+from detr_family.engine.best import EarlyStop, KeepBest, keeping_hooks, remember_checkpoints
 from detr_family.engine.instability import build_instability_hook
 from detr_family.engine.loader import InParts, TrainLoader
 from detr_family.engine.optimizer import build_optimizer, clips_full_model
@@ -149,7 +150,31 @@ class Trainer(DefaultTrainer):
             hooks.insert(1, CallbackHook(after_step=lambda trainer: average.update()))
             after_evaluation = 1 + max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
             hooks.insert(after_evaluation, EvalHook(self.cfg.TEST.EVAL_PERIOD, self.test_average))
-        return watching_hooks(self.cfg, hooks)
+        return watching_hooks(self.cfg, keeping_hooks(self.cfg, hooks, self.checkpointer))
+
+    def train(self) -> Any:
+        """Train to the end, or until there is nothing more to be learned (SOLVER.EARLY_STOP)."""
+        try:
+            return super().train()
+        except EarlyStop:
+            return getattr(self, "_last_eval_results", None)
+
+    def before_train(self) -> None:
+        """The hooks'; a run that had stopped early does not go on."""
+        super().before_train()
+        self.iter -= 1
+        self._stop_early()
+        self.iter += 1
+
+    def after_step(self) -> None:
+        """The hooks', and the early end."""
+        super().after_step()
+        self._stop_early()
+
+    def _stop_early(self) -> None:
+        if any(isinstance(hook, KeepBest) and hook.stop for hook in self._hooks):
+            self.checkpointer.save("model_final", iteration=self.iter)
+            raise EarlyStop
 
     def test_average(self) -> dict[str, Any]:
         """Evaluate the averaged weights; results go under `ema`, files into OUTPUT_DIR/ema."""
@@ -190,6 +215,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.checkpointer.resumed:
             self.start_iter = self.iter + 1  # the checkpoint has the iteration that was done
+            remember_checkpoints(self._hooks, self.cfg.OUTPUT_DIR, self.start_iter)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights that the next step depends on, and the settings of the run."""
