@@ -22,7 +22,8 @@ from detr_family.config import load_config
 from detr_family.data.dataset_mapper import DETRDatasetMapper
 from detr_family.data.datasets.coco import register_datasets
 from detr_family.data.datasets.shapes import write_shapes
-from detr_family.visualization.draw import draw_comparison, plot_metrics, read_metrics
+from detr_family.visualization.curves import write_curves
+from detr_family.visualization.draw import draw_comparison, read_metrics
 
 _MARKER = "made_by_quickstart.json"
 _TRAIN_IMAGES, _VAL_IMAGES = 1500, 200
@@ -73,8 +74,9 @@ def quickstart(train_net: Path, config_file: Path, output: Path, device: str | N
     _say("Drawing predictions and curves")
     cfg = load_config(str(config_file), options)
     draw_predictions(cfg, str(output / "model_final.pth"), output / "pictures", _DRAWN)
-    plot_metrics(str(output / "metrics.json"), str(output / "curves.png"))
-    evaluated = [entry for entry in read_metrics(str(output / "metrics.json")) if "bbox/AP" in entry]
+    metrics = read_metrics(str(output / "metrics.json"))
+    write_curves(metrics, str(output / "curves.png"))
+    evaluated = [entry for entry in metrics if "bbox/AP" in entry]
     if not evaluated:
         raise ValueError(f"{output / 'metrics.json'} has no bbox/AP: the recipe {config_file} never evaluates.")
     return float(evaluated[-1]["bbox/AP"]), float(evaluated[-1]["bbox/AP50"])

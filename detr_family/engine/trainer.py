@@ -152,13 +152,6 @@ class Trainer(DefaultTrainer):
             hooks.insert(after_evaluation, EvalHook(self.cfg.TEST.EVAL_PERIOD, self.test_average))
         return watching_hooks(self.cfg, keeping_hooks(self.cfg, hooks, self.checkpointer))
 
-    def train(self) -> Any:
-        """Train to the end, or until there is nothing more to be learned (SOLVER.EARLY_STOP)."""
-        try:
-            return super().train()
-        except EarlyStop:
-            return getattr(self, "_last_eval_results", None)
-
     def before_train(self) -> None:
         """The hooks'; a run that had stopped early does not go on."""
         super().before_train()
@@ -185,8 +178,14 @@ class Trainer(DefaultTrainer):
         return {"ema": self.test(cfg, self.average.model)}
 
     def train(self) -> Any:
-        """All steps, then DATASETS.FINAL_TEST with the weights that they leave, averaged where there is an average."""
-        results = super().train()
+        """All steps, fewer with SOLVER.EARLY_STOP, then DATASETS.FINAL_TEST with the weights that they leave.
+
+        Where there is an average of the weights, that is evaluated.
+        """
+        try:
+            results = super().train()
+        except EarlyStop:
+            results = getattr(self, "_last_eval_results", None)
         self.test_final(self.cfg, self.model if self.average is None else self.average.model)
         return results
 

@@ -1,21 +1,19 @@
-"""Images of predictions beside ground truth, and curves of a run.
+"""Images of predictions beside ground truth, and what a run has recorded.
 
-Drawn with PIL: Detectron2's Visualizer needs OpenCV, which a Detectron2 installation may lack, and its labels
-do not fit images of a hundred pixels.
+Drawn with PIL: Detectron2's Visualizer needs OpenCV, which a Detectron2 installation may lack; and the labels of
+torchvision's draw_bounding_boxes lie on the objects, are cut off at the rim and crossed by lines on crowded images.
 """
 
 import functools
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from detectron2.structures import Instances
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart (black left out: it is the lines' rim).
@@ -158,68 +156,6 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     if not merged:
         raise ValueError(f"{path} has no line with an iteration: it is no metrics file of Detectron2.")
     return [merged[iteration] for iteration in sorted(merged)]
-
-
-def plot_metrics(metrics_json: str, out_png: str) -> None:
-    """Draws the loss and the AP of a run over its iterations into one PNG.
-
-    Args:
-        metrics_json: Detectron2's metrics.json. Values that are not finite are left out and marked.
-        out_png: the image to write.
-
-    Raises:
-        ValueError: see read_metrics.
-    """
-    metrics = read_metrics(metrics_json)
-    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss_axes, ap_axes = figure.subplots(2, 1, sharex=True)
-
-    iterations, losses = _series(metrics, "total_loss")
-    marker = "." if len(losses) < 20 else ""
-    loss_axes.plot(iterations, losses, color=COLOURS[6], marker=marker, label="total loss")
-    broken = [
-        entry["iteration"]
-        for entry in metrics
-        if "total_loss" in entry and not math.isfinite(entry["total_loss"] or 0.0)
-    ]
-    for number, iteration in enumerate(broken):
-        loss_axes.axvline(iteration, color=COLOURS[4], linestyle=":", label=None if number else "not finite")
-    loss_axes.set_ylabel("training loss")
-    loss_axes.set_ylim(bottom=0)
-    loss_axes.legend(frameon=False)
-
-    keys = sorted({key for entry in metrics for key in entry if key.endswith(("bbox/AP", "bbox/AP50"))})
-    highest = 4.0
-    for number, key in enumerate(keys):
-        iterations, values = _series(metrics, key)
-        colour, marker = (COLOURS[4], "o") if key.endswith("AP50") else (COLOURS[2], "s")
-        colour = colour if len(keys) <= 2 else COLOURS[number % len(COLOURS)]
-        label = key.replace("bbox/", "").replace("/", " ")
-        ap_axes.plot(iterations, values, color=colour, marker=marker, markersize=4, label=label)
-        highest = max([highest, *values])
-        if values:
-            up = 6 if key.endswith("AP50") else -6
-            end = (iterations[-1], values[-1])
-            ap_axes.annotate(f"{values[-1]:.1f}", end, (6, up), textcoords="offset points", va="center")
-    ap_axes.set_ylabel("box AP on the test set (%)")
-    ap_axes.set_xlabel("iteration")
-    ap_axes.set_ylim(0, min(100.0, 1.25 * highest))
-    ap_axes.margins(x=0.07)
-    if keys:
-        ap_axes.legend(frameon=False, loc="upper left")
-    else:
-        ap_axes.text(0.5, 0.5, "no evaluation yet", transform=ap_axes.transAxes, ha="center", va="center")
-    for axes in (loss_axes, ap_axes):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out_png, dpi=120)
-
-
-def _series(metrics: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = [(entry["iteration"], entry[key]) for entry in metrics if isinstance(entry.get(key), (int, float))]
-    points = [(iteration, value) for iteration, value in points if math.isfinite(value)]
-    return [iteration for iteration, _ in points], [value for _, value in points]
 
 
 def _name(class_names: Sequence[str], number: int) -> str:

@@ -1,4 +1,4 @@
-"""Images of predictions and curves of a run: what is in them, not how they look."""
+"""Images of predictions, and what a run has recorded: what is in them, not how they look."""
 
 import json
 
@@ -9,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from detr_family.visualization import draw as visualize
-from detr_family.visualization.draw import COLOURS, draw_comparison, plot_metrics, read_metrics
+from detr_family.visualization.draw import COLOURS, draw_comparison, read_metrics
 
 NAMES = ["circle", "square", "triangle"]
 
@@ -98,13 +98,6 @@ def test_metrics_of_a_resumed_run(tmp_path):
     metrics = read_metrics(path)
     assert [entry["iteration"] for entry in metrics] == [19, 39, 59, 79]
     assert metrics[1]["total_loss"] == 6.0 and metrics[1]["bbox/AP"] == 10.0
-
-
-@pytest.mark.parametrize("entries", [RUN, RUN[:1], RUN[:3], [{"iteration": 0}]])
-def test_plot_is_written(tmp_path, entries):
-    plot_metrics(write(tmp_path / "metrics.json", entries), str(tmp_path / "curves.png"))
-    with Image.open(tmp_path / "curves.png") as image:
-        assert image.width > 600 and len(image.convert("RGB").getcolors(1 << 20)) > 5
 
 
 def test_metrics_file_missing_or_empty(tmp_path):
