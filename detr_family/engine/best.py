@@ -44,6 +44,8 @@ class KeepBest(BestCheckpointer):
             first = cfg.DATASETS.TEST[0]
             metric = f"ema/{first}/{rest}" if rest and not head else f"{first}/{metric}"
         super().__init__(cfg.TEST.EVAL_PERIOD, checkpointer, metric)
+        self.best_metric: float | None = None
+        self.best_iter: int | None = None
         self.patience, self.min_delta = cfg.SOLVER.EARLY_STOP.PATIENCE, cfg.SOLVER.EARLY_STOP.MIN_DELTA
         self.reference: tuple[float, int] | None = None
         self.stop = False
