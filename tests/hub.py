@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,9 +16,13 @@ from torch import nn
 from detr_family.checkpoint.transformers import in_files
 from detr_family.modeling.set_detector import SetDetector
 
-transformers = pytest.importorskip("transformers", reason="the transformers package is not installed")
-
 WIDTHS = [16, 32, 64, 128]  # of the backbone's stages
+
+
+def transformers() -> ModuleType:
+    """The library; the test is skipped where there is none."""
+    module: ModuleType = pytest.importorskip("transformers", reason="the transformers package is not installed")
+    return module
 
 
 def narrow(cfg: CfgNode) -> CfgNode:
@@ -34,26 +39,43 @@ def narrow(cfg: CfgNode) -> CfgNode:
 
 def there(family: str, num_labels: int = tiny.NUM_CLASSES, **settings: Any) -> nn.Module:
     """A detector of transformers, with none of its parameters and statistics where they start."""
-    backbone = transformers.ResNetConfig(
+    library = transformers()
+    backbone = library.ResNetConfig(
         embedding_size=8,
         hidden_sizes=WIDTHS,
         depths=[3, 4, 6, 3],
         layer_type="bottleneck",
         out_features=settings.pop("out_features", ["stage4"]),
     )
-    config = getattr(transformers, f"{family}Config")(
+    config = getattr(library, f"{family}Config")(
         backbone_config=backbone, backbone=None, use_timm_backbone=False, use_pretrained_backbone=False,
         num_queries=7, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=24, decoder_ffn_dim=24, num_labels=num_labels,
         dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, **settings,
     )  # fmt: skip
     torch.manual_seed(3)
-    model = getattr(transformers, f"{family}ForObjectDetection")(config).eval()
+    model = getattr(library, f"{family}ForObjectDetection")(config).eval()
+    return away_from_the_start(model)
+
+
+def away_from_the_start(model: nn.Module) -> nn.Module:
+    """Norms, statistics, biases and heads with values of their own."""
     with torch.no_grad():
         for name, value in model.state_dict().items():
-            if value.is_floating_point() and (value.dim() < 2 or "bbox" in name):
-                value.add_(0.1 * torch.rand_like(value))
+            if value.is_floating_point() and (value.dim() < 2 or "bbox" in name or "class" in name):
+                value.add_(0.1 * (torch.rand_like(value) - (0.5 if value.dim() > 1 else 0.0)))
     return model
+
+
+def compare_outputs(model: SetDetector, other: nn.Module) -> None:
+    """Outputs of a batch of two sizes."""
+    images = model.preprocess_image(tiny.batch())
+    with torch.no_grad():
+        prediction = model.eval().predict(images)
+        expected = other(pixel_values=images.tensor, pixel_mask=(~model.padding_mask(images)).long())
+    assert prediction.logits.std() > 1e-3 and prediction.boxes.std() > 1e-3
+    torch.testing.assert_close(expected.logits, prediction.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(expected.pred_boxes, prediction.boxes, rtol=1e-4, atol=1e-4)
 
 
 def compare(model: SetDetector, other: nn.Module, class_weight: float) -> None:

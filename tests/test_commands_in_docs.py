@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from detr_family.analysis import command_line as analysis
-from detr_family.commands import data_check, demo, export_model
+from detr_family.commands import convert_checkpoint, data_check, demo, export_model
 from detr_family.config import load_config
 from detr_family.engine.processes import argument_parser
 from detr_family.inference.exported import is_exported
@@ -80,6 +80,11 @@ def check_export(words: list[str]) -> None:
     check_config(args.config_file, args.opts)
 
 
+def check_checkpoint(words: list[str]) -> None:
+    args = convert_checkpoint.parser().parse_args(words)
+    check_config(args.config_file, args.opts)
+
+
 def check_data(words: list[str]) -> None:
     data_check.parser().parse_args(words)
 
@@ -107,6 +112,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "demo.py": check_demo,
     "tools/check_dataset.py": check_data,
     "tools/export_model.py": check_export,
+    "tools/convert_checkpoint.py": check_checkpoint,
     "-m detr_family.analysis": check_analysis,
     "make": check_make,
 }

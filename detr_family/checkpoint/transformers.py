@@ -20,6 +20,7 @@ from detr_family.checkpoint.rows import CLASS_ROWS, COCO_IDS, COCO_NAMES, coco_r
 
 SIGN = re.compile(r"((conditional_)?detr\.)?model\.(backbone|encoder|decoder)\.")
 FILES = ("model.safetensors", "pytorch_model.bin")
+EPS = 1e-5  # of the inverse sigmoid, in all of its detectors
 FAMILIES = ("DETR", "Conditional DETR", "DAB-DETR", "Deformable DETR")
 
 BACKBONE = "model.backbone.conv_encoder.model."
@@ -94,8 +95,8 @@ _CONDITIONAL_DETR = {
 _DAB_NAMES = ("query_content_proj", "query_pos_proj", "key_content_proj", "key_pos_proj", "value_proj")
 _DAB_DETR = {
     **_ENCODER,
-    **_HEADS,
     "class_embed": "class_embed",
+    **_HEADS,
     _DEC + "self_attn.self_attn_layer_norm": _DEC_HERE + "norm1",
     _DEC + "cross_attn.cross_attn_layer_norm": _DEC_HERE + "norm2",
     _DEC + "mlp.fc1": _DEC_HERE + "linear1",
@@ -217,7 +218,7 @@ def _packed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-def _unpacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unpacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The opposite."""
     apart = {}
     for name, tensor in state.items():

@@ -13,6 +13,7 @@ COMMANDS = {
     "export": ("detr_family.commands.export_model:command", "write a detector as ONNX ... (tools/export_model.py)"),
     "check-dataset": ("detr_family.commands.data_check:command", "look at a dataset (tools/check_dataset.py)"),
     "convert-dataset": ("detr_family.commands.convert_dataset:command", "any dataset as COCO files"),
+    "convert-checkpoint": ("detr_family.commands.convert_checkpoint:command", "weights as another format"),
     "zoo": ("detr_family.model_zoo.listing:main", "list configurations and published weights"),
     "analysis": ("detr_family.analysis.command_line:main", "the papers' tables and figures over a model and data"),
     "complexity": ("detr_family.benchmarks.complexity:main", "parameters and GFLOPs of configurations"),
@@ -22,7 +23,7 @@ COMMANDS = {
 
 def usage() -> str:
     """What there is."""
-    lines = [f"  {name:16} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:18} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: detr-family COMMAND ... (detr-family COMMAND --help says more)", "", *lines])
 
 

@@ -21,6 +21,7 @@ def add_deformable_config(cfg: CfgNode) -> None:
     # 4.2, "iterative bounding box refinement"). The other two always do.
     cfg.MODEL.DEFORMABLE.BOX_REFINEMENT = False
     # DeformableDETR alone: the decoder starts from boxes that the encoder proposes (section 4.2); needs refinement.
+    # (TwoStageDABDeformableDETR always does; it is detrex's, and a class of its own.)
     cfg.MODEL.DEFORMABLE.TWO_STAGE = False
     # Padding counts neither in the statistics of the group norm after the projection of feature maps nor in the
     # encoding of anchors: what is predicted for an image does not depend on what it is batched with. False, as in
