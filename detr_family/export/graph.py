@@ -52,15 +52,12 @@ class DetectionGraph(nn.Module):
         pixels = images.flip(1) if self.flip else images
         pixels = (pixels.float() - model.pixel_mean) / model.pixel_std
         if sizes is None:  # fixed: numbers also while tracing
-            whole = [(int(height), int(width))] * int(batch)
-            sizes = torch.tensor(whole, device=images.device)
-            image_list = ImageList(pixels, whole)
+            scores, labels, boxes = model.detect(pixels, None)
+            sizes = torch.tensor([(int(height), int(width))] * int(batch), device=images.device)
         else:
             sizes = torch.where(sizes > 0, sizes, int_tensor([[height, width]], images.device))
-            image_list = ImageList(pixels, sizes)
-            image_list.tensor = pixels.masked_fill(model.padding_mask(image_list)[:, None], 0.0)
-        prediction = model.predict(image_list)
-        scores, labels, boxes = model.select(prediction.logits, prediction.boxes, model.topk)
+            padding = model.padding_mask(ImageList(pixels, sizes))
+            scores, labels, boxes = model.detect(pixels.masked_fill(padding[:, None], 0.0), sizes)
         return boxes_in_pixels(boxes, sizes), scores, labels
 
 

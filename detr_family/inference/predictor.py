@@ -64,6 +64,7 @@ class Predictor:
         max_size: the most that the longer side may then have (INPUT.MAX_SIZE_TEST).
         resize_rounding: how sides become whole pixels (INPUT.RESIZE_ROUNDING), "detr" or "detectron2".
         batch_size: images that go through the model together, at most.
+        compile: through torch.compile; the first images take a minute, see docs/deploy.md.
 
     Raises:
         ValueError: a batch size below 1, or a channel order or rounding that is neither.
@@ -79,6 +80,7 @@ class Predictor:
         max_size: int = 1333,
         resize_rounding: str = "detr",
         batch_size: int = 1,
+        compile: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -89,6 +91,8 @@ class Predictor:
         self.min_size, self.max_size, self.resize_rounding = min_size, max_size, resize_rounding
         self.resize = ResizeShortestEdge([min_size, min_size], max_size, rounding=resize_rounding)
         self.batch_size = batch_size
+        if compile:
+            model.compile(fullgraph=True, dynamic=True)
 
     @classmethod
     def from_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -192,14 +193,40 @@ class SetDetector(nn.Module):
         if self.training:
             targets = self.targets(batched_inputs)
             return self.losses(self.predict(images, targets), targets)
-        prediction = self.predict(images)
-        detections = self.select(prediction.logits, prediction.boxes, self.topk)
+        sizes = torch.tensor(images.image_sizes) if self.has_padding(images) else None
+        detections = self.detect(images.tensor, None if sizes is None else sizes.to(self.device, non_blocking=True))
         results = []
         for x, instances in zip(batched_inputs, to_instances(*detections, images.image_sizes), strict=True):
             height, width = instances.image_size
             instances = detector_postprocess(instances, x.get("height", height), x.get("width", width))
             results.append({"instances": instances})
         return results
+
+    def detect(self, images: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Tensors in, tensors out: the part of an evaluation that is compiled and exported.
+
+        Args:
+            images: (B, 3, H, W), normalised, zeros in the padding.
+            sizes: (B, 2) int64, height and width that each image fills; None where none is padded.
+
+        Returns:
+            scores (B, k) in descending order, classes (B, k), and boxes (B, k, 4) as cxcywh in [0, 1] of the unpadded
+            image.
+        """
+        prediction = self.predict(ImageList(images, sizes))
+        return self.select(prediction.logits, prediction.boxes, self.topk)
+
+    def compile(self, **options: Any) -> None:
+        """`detect` through torch.compile from now on, for any size of image; training runs as before.
+
+        What stands before and after it, lists of images and Detectron2's `Instances`, is no tensor arithmetic. There
+        are four graphs at most: of one image or several, padded or not.
+
+        Args:
+            options: of torch.compile; by default `fullgraph=True, dynamic=True`.
+        """
+        compiled: Any = torch.compile(type(self).detect, **{"fullgraph": True, "dynamic": True, **options})
+        self.detect = functools.partial(compiled, self)  # type: ignore[method-assign]
 
     def train(self, mode: bool = True) -> SetDetector:
         """Training or evaluation mode; batch norms with frozen weights keep their statistics in both."""
@@ -254,6 +281,8 @@ class SetDetector(nn.Module):
         height, width = images.tensor.shape[-2:]
         device = images.tensor.device
         sizes = images.image_sizes
+        if sizes is None:  # see `detect`
+            return torch.zeros(images.tensor.shape[0], height, width, dtype=torch.bool, device=device)
         if not isinstance(sizes, Tensor):
             sizes = torch.stack(sizes) if _on_device(sizes) else torch.as_tensor(sizes)  # B x 2
         sizes = sizes.to(device, non_blocking=True)
@@ -267,6 +296,8 @@ class SetDetector(nn.Module):
 
         Sizes in a tensor are not looked at: there may be padding.
         """
+        if images.image_sizes is None:
+            return False
         if isinstance(images.image_sizes, Tensor) or _on_device(images.image_sizes):
             return True
         height, width = images.tensor.shape[-2:]
