@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from detr_family.modeling.deformable import Levels, best_tokens, level_tokens, take_tokens
+from detr_family.modeling.dino import casts_apart
 from detr_family.modeling.heads import focal_heads, per_layer
 from detr_family.modeling.postprocessing import best_pairs
 from detr_family.modeling.set_detector import CommonArguments, SetDetector
@@ -166,7 +167,7 @@ class TwoStageDABDeformableTransformer(DABDeformableTransformer):
             (B, Q, D) features of the chosen tokens, and (B, Q, 4) boxes before the sigmoid that they propose.
         """
         boxes, usable = levels.proposals()
-        with torch.no_grad():  # what is not chosen has no gradient
+        with casts_apart(memory.device.type), torch.no_grad():  # what is not chosen has no gradient
             scores = self.decoder.class_embed[-1](self.token_features(memory.masked_fill(~usable[..., None], 0.0)))
             index, found = best_tokens(
                 scores.amax(-1), usable, self.num_queries, ignore_padding=self.decoder.ignore_padding
