@@ -242,6 +242,8 @@ def parser() -> argparse.ArgumentParser:
         "--confidence-threshold", type=float, default=0.5, help="least score of what is drawn and written"
     )
     result.add_argument("--batch-size", type=int, default=1, help="images that go through the model together")
+    result.add_argument("--tile", type=int, default=0, metavar="PIXELS", help="look at larger images in tiles, too")
+    result.add_argument("--overlap", type=float, default=0.2, help="share of a tile that its neighbour has, too")
     add_import(result)
     result.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs of the configuration")
     return result
@@ -288,7 +290,9 @@ def _run(args: argparse.Namespace, progress: bool) -> Results:
         raise ValueError("--config-file is needed: one of configs/, or the config.yaml of a training")
     cfg = load_config(args.config_file, args.opts)
     register_datasets(cfg)
-    predictor = Predictor.from_config(cfg, args.weights, batch_size=args.batch_size)
+    predictor = Predictor.from_config(
+        cfg, args.weights, batch_size=args.batch_size, tile=args.tile, overlap=args.overlap
+    )
     count: Any = predictor.model.num_classes
     names = predictor.class_names or [f"class {i}" for i in range(count)]
     results = Results(names, category_ids(cfg, names))

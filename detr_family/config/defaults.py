@@ -225,6 +225,12 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # The most detections of an image that count in COCO's AP and AR (the protocol's 100). Where an image has more
     # objects, the evaluation warns and gives AP without the limit beside it.
     cfg.TEST.EVAL_DETECTIONS = 100
+    # Detectron2's TEST.AUG (ENABLED, MIN_SIZES, MAX_SIZE, FLIP) is test-time augmentation in every evaluation, in
+    # Predictor and in the demo. How the views' boxes of one class are merged: "wbf", weighted boxes fusion (arXiv
+    # 1910.13302), or "nms".
+    cfg.TEST.AUG.MERGE = "wbf"
+    # From which IoU on two boxes are one.
+    cfg.TEST.AUG.MERGE_IOU = 0.55
     # Training images on which the instability of matching is measured after every epoch, evenly spaced; 0: not at
     # all (DN-DETR, section 3.2).
     cfg.TEST.INSTABILITY_IMAGES = 0

@@ -160,7 +160,8 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     padding is masked, but the backbone's convolutions see it.)
 
     Args:
-        cfg: reads INPUT.*, TEST.IMS_PER_BATCH (images together, on each process) and DATALOADER.NUM_WORKERS.
+        cfg: reads INPUT.*, TEST.IMS_PER_BATCH (images together, on each process), DATALOADER.NUM_WORKERS, and
+            TEST.AUG.ENABLED: images are then left in their own size.
         dataset_name: a registered name.
 
     Raises:
@@ -170,6 +171,8 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     if count < 1:
         raise ValueError(f"TEST.IMS_PER_BATCH is {count}; it must be at least 1")
     mapper = DETRDatasetMapper(cfg, False)
+    if cfg.TEST.AUG.ENABLED:  # `inference.augmentation` makes the views
+        mapper.augmentations = T.AugmentationList([])
     if count == 1:
         alone: DataLoader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         return alone

@@ -38,6 +38,7 @@ from detr_family.engine.schedule import iterations_from_epochs
 from detr_family.engine.step import TrainStep
 from detr_family.engine.watch import watching_hooks
 from detr_family.evaluation.evaluator import build_evaluator
+from detr_family.inference.augmentation import augmented
 
 _logger = logging.getLogger(__name__)
 
@@ -176,6 +177,11 @@ class Trainer(DefaultTrainer):
         cfg.defrost()
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "ema")
         return {"ema": self.test(cfg, self.average.model)}
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
+        """Detectron2's evaluation on DATASETS.TEST, with test-time augmentation where TEST.AUG.ENABLED asks for it."""
+        return super().test(cfg, augmented(cfg, model), evaluators)
 
     def train(self) -> Any:
         """All steps, fewer with SOLVER.EARLY_STOP, then DATASETS.FINAL_TEST with the weights that they leave.

@@ -28,7 +28,9 @@ from detr_family.config import load_config
 from detr_family.data.dataset_mapper import ResizeShortestEdge
 from detr_family.data.datasets.coco import register_datasets
 from detr_family.data.images import read_image, to_format
+from detr_family.inference.augmentation import AugmentedDetector, augmented
 from detr_family.inference.exported import ExportedDetector, is_exported
+from detr_family.inference.tiling import merge_tiles, tiles
 
 # A path, or the pixels: (H, W, 3) uint8.
 ImageSource = str | os.PathLike[str] | np.ndarray
@@ -65,9 +67,12 @@ class Predictor:
         resize_rounding: how sides become whole pixels (INPUT.RESIZE_ROUNDING), "detr" or "detectron2".
         batch_size: images that go through the model together, at most.
         compile: through torch.compile; the first images take a minute, see docs/deploy.md.
+        tile: larger images are also looked at in tiles of this side, pixels (see `inference.tiling`); 0: never.
+        overlap: share of a tile that its neighbour has, too.
+        detections: the most that are returned of an image in tiles.
 
     Raises:
-        ValueError: a batch size below 1, or a channel order or rounding that is neither.
+        ValueError: a batch size below 1, a channel order or rounding that is neither, or tiles that cannot be.
     """
 
     def __init__(
@@ -81,6 +86,9 @@ class Predictor:
         resize_rounding: str = "detr",
         batch_size: int = 1,
         compile: bool = False,
+        tile: int = 0,
+        overlap: float = 0.2,
+        detections: int = 300,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -92,7 +100,11 @@ class Predictor:
         self.resize = ResizeShortestEdge([min_size, min_size], max_size, rounding=resize_rounding)
         self.batch_size = batch_size
         if compile:
-            model.compile(fullgraph=True, dynamic=True)
+            inner = model.model if isinstance(model, AugmentedDetector) else model
+            inner.compile(fullgraph=True, dynamic=True)
+        if tile:
+            tiles(1, 1, tile, overlap)
+        self.tile, self.overlap, self.detections = tile, overlap, detections
 
     @classmethod
     def from_config(
@@ -102,6 +114,8 @@ class Predictor:
         *,
         opts: Sequence[str] = (),
         batch_size: int = 1,
+        tile: int = 0,
+        overlap: float = 0.2,
     ) -> Predictor:
         """Builds the detector of a configuration and loads its weights.
 
@@ -114,6 +128,7 @@ class Predictor:
                 that is needed, see `from_exported`.
             opts: KEY, VALUE, KEY, VALUE ..., where `config` is a file.
             batch_size: images that go through the model together.
+            tile, overlap: see class.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
@@ -121,7 +136,7 @@ class Predictor:
                 load or does not fit.
         """
         if weights is not None and is_exported(weights):
-            return cls.from_exported(weights, batch_size=batch_size)
+            return cls.from_exported(weights, batch_size=batch_size, tile=tile, overlap=overlap)
         if isinstance(config, CfgNode):
             cfg = config.clone()
             cfg.defrost()
@@ -131,7 +146,7 @@ class Predictor:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
         cfg.MODEL.TIMM.PRETRAINED = False  # a whole detector's weights follow
         if is_exported(cfg.MODEL.WEIGHTS):
-            return cls.from_exported(cfg.MODEL.WEIGHTS, batch_size=batch_size)
+            return cls.from_exported(cfg.MODEL.WEIGHTS, batch_size=batch_size, tile=tile, overlap=overlap)
         names = read_class_names(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None
         if names is not None:
             cfg.MODEL.DETR.NUM_CLASSES = len(names)
@@ -139,19 +154,29 @@ class Predictor:
             register_datasets(cfg)
         model = build_model(cfg)
         DETRCheckpointer(model, whole=True, averaged=cfg.TEST.EMA).load(cfg.MODEL.WEIGHTS)
+        own_size = cfg.TEST.AUG.ENABLED  # the views are made of the image as it is
         return cls(
-            model,
+            augmented(cfg, model),
             class_names=names or names_of_datasets(cfg, model.num_classes),
             input_format=cfg.INPUT.FORMAT,
-            min_size=cfg.INPUT.MIN_SIZE_TEST,
+            min_size=0 if own_size else cfg.INPUT.MIN_SIZE_TEST,
             max_size=cfg.INPUT.MAX_SIZE_TEST,
             resize_rounding=cfg.INPUT.RESIZE_ROUNDING,
             batch_size=batch_size,
+            tile=tile,
+            overlap=overlap,
+            detections=cfg.TEST.DETECTIONS_PER_IMAGE,
         )
 
     @classmethod
     def from_exported(
-        cls, path: str | os.PathLike[str], *, batch_size: int = 1, threads: int | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        batch_size: int = 1,
+        threads: int | None = None,
+        tile: int = 0,
+        overlap: float = 0.2,
     ) -> Predictor:
         """Runs a file of `detr_family.export.export_model` in the place of a detector and its checkpoint.
 
@@ -162,6 +187,7 @@ class Predictor:
             path: .onnx (onnxruntime), .xml (OpenVINO), .pt2 (torch) or .ts (TorchScript).
             batch_size: images that go through the file together.
             threads: of the runtime; None leaves it to the runtime.
+            tile, overlap: see class.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -176,6 +202,8 @@ class Predictor:
             max_size=about["max_size"],
             resize_rounding=about["resize_rounding"],
             batch_size=batch_size,
+            tile=tile,
+            overlap=overlap,
         )
 
     def __call__(self, images: ImageSource | Sequence[ImageSource], array_format: str = "BGR") -> Any:
@@ -248,16 +276,36 @@ class Predictor:
         return source if array_format == "RGB" else source[:, :, ::-1]
 
     def _predict(self, batch: Sequence[tuple[ImageSource, np.ndarray]]) -> Iterator[Prediction]:
+        if self.tile and max(batch[0][1].shape[:2]) > self.tile:
+            for source, image in batch:
+                yield Prediction(source, np.ascontiguousarray(image), self._in_tiles(image))
+            return
+        found = self._detect([image for _, image in batch])
+        for (source, image), instances in zip(batch, found, strict=True):
+            yield Prediction(source, np.ascontiguousarray(image), instances)
+
+    def _in_tiles(self, image: np.ndarray) -> Instances:
+        height, width = image.shape[:2]
+        places = [(0, 0, width, height)]
+        found = self._detect([image])
+        parts = tiles(height, width, self.tile, self.overlap)
+        for i in range(0, len(parts), self.batch_size):
+            some = parts[i : i + self.batch_size]
+            found += self._detect([image[y1:y2, x1:x2] for x1, y1, x2, y2 in some])
+            places += some
+        return merge_tiles(found, places, height, width, self.detections)
+
+    def _detect(self, images: Sequence[np.ndarray]) -> list[Instances]:
+        """What the model finds in images of one size, RGB."""
         inputs = []
-        for _, image in batch:
-            augmented = T.AugInput(np.ascontiguousarray(to_format(image, self.input_format)))
-            self.resize(augmented)
-            tensor = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        for image in images:
+            seen = T.AugInput(np.ascontiguousarray(to_format(image, self.input_format)))
+            self.resize(seen)
+            tensor = torch.as_tensor(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
             inputs.append({"image": tensor, "height": image.shape[0], "width": image.shape[1]})
         with torch.no_grad():
             outputs = self.model(inputs)
-        for (source, image), output in zip(batch, outputs, strict=True):
-            yield Prediction(source, np.ascontiguousarray(image), output["instances"].to("cpu"))
+        return [output["instances"].to("cpu") for output in outputs]
 
 
 def names_of_datasets(cfg: CfgNode, count: int) -> list[str] | None:

@@ -110,10 +110,13 @@ def test_a_run_leaves_images_curves_and_one_page(finished: Path) -> None:
     parsed = Page(text)
     assert parsed.headings == [
         "DETR, out",
-        *("Summary", "Curves", "Results on watch val", "Best and worst images of watch val"),
+        *("Summary", "Curves", "Results on watch val", "Where it errs on watch val"),
+        "Best and worst images of watch val",
         *("Settings", "Environment"),
     ]
     assert "Could not be made" not in text
+    assert "badly placed" in text and "Confusions at a score of" in text and "Best threshold by class" in text
+    assert (out / "inference" / "images.csv").read_text().startswith("image,objects,found,wrong,AP50")
     assert "MODEL.DETR.HIDDEN_DIM" in text and "platelet" in text and "total over the iterations" in text
     images = [address for address in parsed.addresses if address.startswith("data:image/jpeg;base64,")]
     assert len(images) in (2, 3)  # those with objects, and the third if something was wrongly found in it
