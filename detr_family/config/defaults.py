@@ -270,6 +270,17 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Shorter sides that an image is resized to before it is cropped, pixels (DETR, section A.4).
     cfg.INPUT.CROP.RESIZE = [400, 500, 600]
 
+    # Large-scale jitter (arXiv 2012.07177) in place of crop and resizing in training: an image is scaled to fit into a
+    # square of SIZE pixels times a factor between the two, and cut to the square. The paper has 0.1, 2.0 and 1024.
+    cfg.INPUT.SCALE_JITTER = CfgNode()
+    cfg.INPUT.SCALE_JITTER.ENABLED = False
+    cfg.INPUT.SCALE_JITTER.MIN_SCALE = 0.1
+    cfg.INPUT.SCALE_JITTER.MAX_SCALE = 2.0
+    cfg.INPUT.SCALE_JITTER.SIZE = 1024
+    # Transforms of torchvision.transforms.v2 for training images with their boxes, after all others: a list of [name,
+    # {argument: value}], such as [["ColorJitter", {"brightness": 0.3}]].
+    cfg.INPUT.TORCHVISION = []
+
     # Datasets in COCO format: a list of [name, annotation file, image folder]. The names can then be used
     # in DATASETS.TRAIN and DATASETS.TEST like Detectron2's own.
     cfg.DATASETS.COCO_FORMAT = []

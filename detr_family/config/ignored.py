@@ -45,7 +45,6 @@ IGNORED: dict[str, str] = {
     "SOLVER.WEIGHT_DECAY_NORM": _ADAMW,
     "SOLVER.WEIGHT_DECAY_BIAS": _ADAMW,
     "SOLVER.BIAS_LR_FACTOR": _ADAMW + "; learning rates of single parameters: SOLVER.LR_FACTORS",
-    "TEST.AUG": "there is no augmentation in evaluation",
     "TEST.KEYPOINT_OKS_SIGMAS": _BOXES,
     "GLOBAL": "nothing reads it",
 }

@@ -20,6 +20,7 @@ from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from detr_family.data.augmentation import TorchvisionTransforms, scale_jitter
 from detr_family.data.images import ImageError, check_depth, unreadable
 
 _CROP_PROBABILITY = 0.5
@@ -119,7 +120,10 @@ class DETRDatasetMapper(DatasetMapper):
             else a
             for a in arguments["augmentations"]
         ]
-        if is_train and cfg.INPUT.CROP.ENABLED:
+        if is_train and cfg.INPUT.SCALE_JITTER.ENABLED:
+            others = [a for a in arguments["augmentations"] if not isinstance(a, (T.ResizeShortestEdge, T.RandomCrop))]
+            arguments["augmentations"] = [*scale_jitter(cfg), *others]
+        elif is_train and cfg.INPUT.CROP.ENABLED:
             if not cfg.INPUT.CROP.RESIZE:
                 raise ValueError("INPUT.CROP.RESIZE is empty; give shorter sides in pixels, e.g. [400, 500, 600].")
             # Detectron2 puts its crop first and always applies it.
@@ -129,6 +133,13 @@ class DETRDatasetMapper(DatasetMapper):
             resize = ResizeShortestEdge(sides, most, sample_style="choice", rounding=rounding)
             arguments["augmentations"][0] = T.RandomApply(T.AugmentationList([resize, crop]), _CROP_PROBABILITY)
         return arguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Detectron2's arguments, or a configuration and is_train."""
+        super().__init__(*args, **kwargs)
+        cfg = args[0] if args else kwargs.get("cfg")
+        steps = cfg.INPUT.TORCHVISION if isinstance(cfg, CfgNode) and self.is_train else []
+        self.transforms = TorchvisionTransforms(steps, self.image_format) if steps else None
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """See class.
@@ -150,7 +161,7 @@ class DETRDatasetMapper(DatasetMapper):
             ) from error
         except Exception as error:  # whatever a damaged file makes the decoder raise
             raise unreadable(path, error, _REMEDY) from error
-        return mapped
+        return mapped if self.transforms is None else self.transforms(mapped)
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
