@@ -83,7 +83,7 @@ def test_what_the_table_names_is_not_read_by_a_training_and_its_evaluation(
     assert {key for key in read & leaf if entries(key, IGNORED)} <= mapper
 
 
-CHANGES = ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "TEST.AUG.ENABLED", "True", "MODEL.RPN.NMS_THRESH", "0.5"]
+CHANGES = ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "MODEL.RPN.NMS_THRESH", "0.5"]
 CHANGES += ["SOLVER.MOMENTUM", "0.8", "MODEL.MASK_ON", "True", "MODEL.ANCHOR_GENERATOR.SIZES", "[[8]]"]
 
 
