@@ -59,6 +59,21 @@ def test_transformers_takes_what_is_written_for_it(name: str, family: str, tmp_p
     assert processor["image_std"] == [1.0, 1.0, 1.0] and processor["size"]["longest_edge"] == cfg.INPUT.MAX_SIZE_TEST
 
 
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "family"), [("DETR", "Detr"), ("DABDETR", "DabDetr")])
+def test_a_dilated_backbone_is_timms(name: str, family: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="the timm package is not installed")
+    cfg = narrow_cfg(name)
+    resnet = cfg.MODEL.RESNETS
+    resnet.STEM_OUT_CHANNELS, resnet.RES2_OUT_CHANNELS, resnet.WIDTH_PER_GROUP = 64, 256, 64  # timm's resnet50
+    resnet.RES5_DILATION, cfg.MODEL.DETR.INVERSE_SIGMOID_EPS = 2, 1e-5
+    torch.manual_seed(0)
+    model = hub.away_from_the_start(build_model(cfg))
+    write_for_transformers(str(tmp_path), cfg, model, NAMES)
+    compare(model, tmp_path, family)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
