@@ -220,7 +220,7 @@ class SetDetector(nn.Module):
         """`detect` through torch.compile from now on, for any size of image; training runs as before.
 
         What stands before and after it, lists of images and Detectron2's `Instances`, is no tensor arithmetic. There
-        are four graphs at most: of one image or several, padded or not.
+        are a few graphs: of one image or several, padded or not; the images' sizes add none.
 
         Args:
             options: of torch.compile; by default `fullgraph=True, dynamic=True`.
