@@ -1,14 +1,12 @@
 """Install Detectron2 into the environment that runs this script; it is not on PyPI under its name.
 
-    python tools/install_detectron2.py
+    python tools/install_detectron2.py    once torch is there; other packages that it needs are added if missing
 
 1. Where Detectron2 is already there, it stays as it is.
 2. Else it is built from its own repository at a pinned commit, where that answers and there is a C++ compiler.
 3. Else its Python part comes from a republication on PyPI, refused unless its sha256 is the pinned one. The compiled
    part in it is for another torch and is left out: what needs it (rotated boxes, Detectron2's own deformable
    convolution, the fast COCO evaluation) is not available then.
-
-torch has to be there first; other packages that Detectron2 needs are added where they are missing.
 """
 
 from __future__ import annotations
@@ -37,10 +35,7 @@ if importlib.util.find_spec("detectron2"):
 
 
 def find_detectron2() -> str:
-    """'version in folder' of the Detectron2 that this interpreter imports, '' where there is none.
-
-    Ends the program where there is one that does not import.
-    """
+    """'version in folder' of the Detectron2 here, '' if there is none; ends the program if it does not import."""
     with tempfile.TemporaryDirectory() as elsewhere:  # so that no folder of that name nearby is taken for it
         result = subprocess.run([sys.executable, "-c", FIND], cwd=elsewhere, capture_output=True, text=True)
     if result.returncode:
@@ -59,9 +54,8 @@ def why_not_from_repository() -> str:
     command = ["git", "ls-remote", REPOSITORY, "HEAD"]
     try:
         nothing = subprocess.DEVNULL
-        subprocess.run(command, env=environment, stdout=nothing, stderr=nothing, timeout=REACH_SECONDS, check=True)
-    except subprocess.CalledProcessError:
-        return "its repository cannot be reached"
+        if subprocess.call(command, env=environment, stdout=nothing, stderr=nothing, timeout=REACH_SECONDS) != 0:
+            return "its repository cannot be reached"
     except subprocess.TimeoutExpired:
         return f"its repository did not answer in {REACH_SECONDS} s"
     return ""
@@ -79,8 +73,7 @@ def repack(tree: Path, folder: Path) -> Path:
     summary = f"Summary: Detectron2, the Python part of {REPUBLICATION} {VERSION} from PyPI\n"
     (info / "METADATA").write_text(header + summary + "".join(needs))
     (info / "WHEEL").write_text("Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-    command = [sys.executable, "-m", "wheel", "pack", str(info.parent), "-d", str(folder)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.check_output([sys.executable, "-m", "wheel", "pack", str(info.parent), "-d", str(folder)])
     return next(folder.glob("*.whl"))
 
 

@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -33,24 +32,18 @@ torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0
 """
 
 
-class SetupError(Exception):
-    """Something that the user has to know or to provide; the message is all that is shown."""
-
-
 def run(what: str, *command: object) -> None:
-    """Run a command, its output as it is; raises SetupError where it fails."""
+    """Run a command, its output as it is; ends the program where it fails."""
     environment = dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1", UV_PYTHON_DOWNLOADS="never")
     if subprocess.call([*map(str, command)], cwd=str(ROOT), env=environment) != 0:
-        raise SetupError(
-            f"{what} failed, for the reason above. What is done stays; the same command goes on from here."
-        )
+        sys.exit(f"\nset-up stopped. {what} failed, see above. What is done stays; the same command goes on from here.")
 
 
 def requirements(extras: "list[str]") -> "list[Path]":
-    """The files of what .venv shall hold; raises SetupError for an extra that there is not."""
+    """The files of what .venv shall hold; ends the program for an extra that there is not."""
     for name in extras:
         if not (ROOT / "requirements" / f"{name}.txt").is_file():
-            raise SetupError(f"There is no extra named {name!r}: no file requirements/{name}.txt")
+            sys.exit(f"\nset-up stopped. There is no extra named {name!r}: no file requirements/{name}.txt")
     return [ROOT / "requirements" / f"{name}.txt" for name in ["build", "run", "dev", *extras]]
 
 
@@ -94,12 +87,12 @@ def is_complete(extras: "list[str]", exact_python: bool) -> bool:
 
 
 def make_venv(why: str) -> None:
-    """Make .venv with the Python that runs this; raises SetupError where that is too old."""
+    """Make .venv with the Python that runs this; ends the program where that is too old."""
     version = "{}.{}.{}".format(*sys.version_info)
     if sys.version_info < (3, 10):  # noqa: UP036 - older ones read this file to say so
         newer = [name for name in map("python3.{}".format, range(13, 9, -1)) if shutil.which(name)]
         hint = f"Try again with PYTHON={newer[0]}" if newer else "Install one and name it, as in PYTHON=python3.12"
-        raise SetupError(f"Python {version} is too old: detr_family needs Python 3.10 or newer. {hint}")
+        sys.exit(f"\nset-up stopped. Python {version} is too old: detr_family needs Python 3.10 or newer. {hint}")
     print(f"Making .venv with Python {version}{why}", flush=True)
     uv = shutil.which("uv")
     own, new = [uv, "venv", "--quiet", "--clear", "--python", sys.executable], [sys.executable, "-m", "venv", "--clear"]
@@ -133,7 +126,7 @@ def remove_halves(site: Path) -> None:
 
 
 def set_up(extras: "list[str]", exact_python: bool) -> None:
-    """Do what is left to do. Raises SetupError where something is missing."""
+    """Do what is left to do; ends the program where something is missing."""
     start = time.time()
     why = why_make_venv(exact_python)
     if why is not None:
@@ -145,14 +138,12 @@ def set_up(extras: "list[str]", exact_python: bool) -> None:
     else:
         remove_halves(site)
     uv = find_uv()
-    install = [uv, "pip", "install", "--python", PYTHON]
+    install = [uv, "pip", "install", "--python", PYTHON, "-c", CONSTRAINTS, "--build-constraints", CONSTRAINTS]
     files = [word for path in requirements(extras) for word in ("-r", path)]
-    pins = ["-c", CONSTRAINTS, "--build-constraints", CONSTRAINTS]
-    run("Installing the packages", *install, "torch", "torchvision", *files, *pins)
+    run("Installing the packages", *install, "torch", "torchvision", *files)
     run("Installing Detectron2", PYTHON, ROOT / "tools" / "install_detectron2.py", "--uv", uv)
     print("Building the native operator, about a minute where there is a compiler and something changed", flush=True)
-    build = [PYTHON, "setup.py", "-q", "build_ext", "--inplace", "-j", "2"]
-    run("Building the native operator", *build)
+    run("Building the native operator", PYTHON, "setup.py", "-q", "build_ext", "--inplace", "-j", "2")
     run("Installing detr_family", *install, "-q", "--no-deps", "--no-build-isolation", "-e", ROOT)
     run("Importing what was installed", PYTHON, "-c", CHECK)
     there = [site / name / "__init__.py" for name in ("torch", "torchvision", "fvcore", "detectron2")]
@@ -162,13 +153,13 @@ def set_up(extras: "list[str]", exact_python: bool) -> None:
     print(f"Environment: .venv is complete ({time.time() - start:.0f} s).")
 
 
-def main() -> int:
-    """Parse the command line, run the set-up; returns the exit status."""
+def main() -> None:
+    """Parse the command line, run the set-up."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--extras", default="", help="further sets of packages: names of requirements/NAME.txt")
     parser.add_argument("--exact-python", action="store_true", help="make .venv anew where its Python is another")
     options = parser.parse_args()
-    extras = [name for name in re.split(r"[,\s]+", options.extras) if name]
+    extras = options.extras.replace(",", " ").split()
     try:
         with open(__file__, encoding="utf-8") as lock:
             if not is_complete(extras, options.exact_python):
@@ -181,14 +172,10 @@ def main() -> int:
                 print("Environment: .venv is complete.")
             else:
                 set_up(extras, options.exact_python)
-    except SetupError as error:
-        print(f"\nset-up stopped. {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\nset-up interrupted; the same command goes on from here.", file=sys.stderr)
-        return 130
-    return 0
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
