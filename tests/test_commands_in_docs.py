@@ -114,6 +114,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "tools/export_model.py": check_export,
     "tools/convert_checkpoint.py": check_checkpoint,
     "-m detr_family.analysis": check_analysis,
+    "tools/gpu_check.sh": has_help("detr_family/benchmarks/gpu_check.py"),  # which it ends with
     "make": check_make,
 }
 

@@ -97,6 +97,7 @@ def with_views(cfg: CfgNode) -> CfgNode:
 def test_predictor_and_evaluation_see_the_same_views(tmp_path: Path) -> None:
     entries = write_shapes(str(tmp_path / "data"), 2, 2, size=(64, 80))
     cfg = with_views(config("DETR"))
+    entries = [("views_train", *entries[0][1:]), ("views_val", *entries[1][1:])]  # other tests have registered theirs
     cfg.DATASETS.COCO_FORMAT, cfg.DATASETS.TEST = [list(entry) for entry in entries], (entries[1][0],)
     cfg.DATALOADER.NUM_WORKERS, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE = 0, str(tmp_path), "cpu"
     register_datasets(cfg)
