@@ -70,7 +70,7 @@ def dino_cfg(cfg: CfgNode) -> None:
     dino.IGNORE_PADDING = True
 
 
-# A detector joins every test of tests/test_detectors.py by its line here.
+# A detector joins every test of tests/modeling/test_detectors.py by its line here.
 DETECTORS: dict[str, Callable[[CfgNode], None]] = {
     "DETR": detr_cfg,
     "ConditionalDETR": conditional_detr_cfg,
