@@ -28,7 +28,8 @@ def images(*sizes: tuple[int, int]) -> list[dict[str, Any]]:
     return [{"image": tiny.image(h, w, 0, seed=i)["image"]} for i, (h, w) in enumerate(sizes)]
 
 
-BATCHES = [[(96, 112)], [(64, 80)], [(112, 96)], [(96, 96), (64, 112)], [(80, 64), (96, 64), (64, 96)]]
+# No level of DINO's has a single row of tokens: torch.compile takes a size of 1 for a case of its own.
+BATCHES = [[(96, 112)], [(80, 128)], [(112, 96)], [(96, 96), (80, 112)], [(80, 96), (96, 80), (80, 80)]]
 
 
 @pytest.mark.parametrize(
