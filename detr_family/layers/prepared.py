@@ -1,0 +1,210 @@
+"""Layers prepared for inference on a CPU: weights in oneDNN's own layout, ReLU and sums done by the same kernel.
+
+Each stands in for an ordinary layer, takes its weights over and cannot be trained. They call the operators that torch's
+compiler emits for a CPU (`torch.ops.mkldnn`); `kernels_work` says whether this torch has them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CHUNK = 4 << 20  # bytes of a feed-forward network's hidden layer worked on at a time: they stay in the cache
+
+
+@functools.cache
+def kernels_work() -> bool:
+    """Whether this torch has oneDNN's prepacked operators and they compute what the plain ones do."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            conv = nn.Conv2d(4, 6, 3, padding=1)
+            linear = nn.Linear(8, 5)
+            image, x = torch.randn(1, 4, 5, 7, generator=generator), torch.randn(3, 8, generator=generator)
+            expected = F.relu(conv(image)), F.relu(linear(x))
+            found = (
+                PreparedConv2d(conv.weight, conv.bias, (1, 1), (1, 1), (1, 1), 1, relu=True)(image),
+                PreparedLinear(linear, relu=True)(x),
+            )
+            return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, found, strict=True))
+    except (AttributeError, RuntimeError, TypeError):  # a torch that calls them otherwise
+        return False
+
+
+class _Prepared(nn.Module):
+    """What has given its weights away: evaluation only."""
+
+    def train(self, mode: bool = True) -> _Prepared:
+        """Refuses training mode."""
+        if mode:
+            raise ValueError("this detector was prepared for inference and cannot be trained: build it anew")
+        return super().train(False)
+
+
+class PreparedLinear(_Prepared):
+    """y = x W^T + b with W in oneDNN's layout, and ReLU in the same pass if wanted.
+
+    Args:
+        linear: whose weights are taken over.
+        relu: apply ReLU to the result.
+        dtype: what is computed in, float32 or bfloat16; the result is of that type.
+    """
+
+    def __init__(self, linear: nn.Linear, *, relu: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = dtype
+        self.unary = "relu" if relu else "none"
+        weight = linear.weight.detach().to(dtype)
+        self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), persistent=False)
+        bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.register_buffer("bias", bias, persistent=False)
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if not x.numel():
+            return x.new_zeros((*x.shape[:-1], self.out_features), dtype=self.dtype)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(self.dtype), self.packed, self.bias, self.unary, [], ""
+        )
+        return y
+
+
+class PreparedFeedForward(_Prepared):
+    """Two linear layers with an activation between them, a few tokens at a time.
+
+    The hidden layer of all of an image's tokens would be written to memory and read again: 180 MB in DINO's encoder.
+
+    Args:
+        first: the layer to the hidden width.
+        activation: between the two; ReLU becomes part of the first.
+        second: the layer back.
+        dtype: what is computed in.
+    """
+
+    def __init__(
+        self, first: nn.Linear, activation: nn.Module, second: nn.Linear, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        relu = isinstance(activation, nn.ReLU)
+        self.activation = nn.Identity() if relu else activation
+        self.first = PreparedLinear(first, relu=relu, dtype=dtype)
+        self.second = PreparedLinear(second, dtype=dtype)
+        self.chunk = max(_CHUNK // (first.out_features * dtype.itemsize), 64)
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) <= self.chunk:
+            return self.second(self.activation(self.first(x)))
+        parts = [self.second(self.activation(self.first(part))) for part in rows.split(self.chunk)]
+        return torch.cat(parts).view(*x.shape[:-1], -1)
+
+
+class PreparedConv2d(_Prepared):
+    """A convolution in channels-last layout with its batch norm folded in, ReLU or a sum and ReLU in the same pass.
+
+    Args:
+        weight: (O, I / groups, kh, kw).
+        bias: (O,) or None.
+        stride, padding, dilation, groups: as nn.Conv2d has them.
+        relu: apply ReLU to the result.
+        dtype: what is computed in; the result is of that type.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+        *,
+        relu: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.geometry = (list(padding), list(stride), list(dilation), groups)
+        self.dtype = dtype
+        self.relu = relu
+        self.out_channels = len(weight)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.detach().to(dtype).contiguous(memory_format=torch.channels_last), *self.geometry
+        )
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
+        self.training = False
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Convolve.
+
+        Args:
+            x: (B, I, H, W).
+            add: (B, O, H', W') of the same type, added to the result before ReLU; it is overwritten.
+
+        Returns:
+            (B, O, H', W') in channels-last layout.
+        """
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        y: Tensor
+        if add is None:
+            unary = "relu" if self.relu else "none"
+            y = torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.geometry, unary, [], "")
+        else:
+            y = torch.ops.mkldnn._convolution_pointwise_.binary(
+                add, x, self.packed, self.bias, *self.geometry, "add", 1, "relu" if self.relu else None, [], ""
+            )
+        return y
+
+
+class PreparedAttention(_Prepared):
+    """nn.MultiheadAttention (batch first, no attention weights wanted) with prepared projections.
+
+    Args:
+        attention: whose weights are taken over.
+        dtype: what is computed in.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        dim = attention.embed_dim
+        self.dim, self.num_heads = dim, attention.num_heads
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+        assert weight is not None and bias is not None, "one width for queries, keys and values, and a bias"
+
+        def projection(start: int, stop: int) -> PreparedLinear:
+            linear = nn.Linear(dim, stop - start)
+            linear.weight.data, linear.bias.data = weight.data[start:stop], bias.data[start:stop]
+            return PreparedLinear(linear, dtype=dtype)
+
+        self.query, self.key, self.value = (projection(i * dim, (i + 1) * dim) for i in range(3))
+        self.out_proj = PreparedLinear(attention.out_proj, dtype=dtype)
+        self.training = False
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """As nn.MultiheadAttention: (B, Q, D), (B, S, D), (B, S, D) -> (B, Q, D); masks are True where blocked."""
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer, x in ((self.query, query), (self.key, key), (self.value, value))
+        )
+        seen = None if key_padding_mask is None else ~key_padding_mask[:, None, None]
+        if attn_mask is not None:
+            seen = ~attn_mask if seen is None else seen & ~attn_mask
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return self.out_proj(x.transpose(1, 2).flatten(-2)), None
