@@ -30,6 +30,7 @@ from detr_family.data.datasets.coco import register_datasets
 from detr_family.data.images import read_image, to_format
 from detr_family.inference.augmentation import AugmentedDetector, augmented
 from detr_family.inference.exported import ExportedDetector, is_exported
+from detr_family.inference.preparing import optimize as prepare
 from detr_family.inference.tiling import merge_tiles, tiles
 
 # A path, or the pixels: (H, W, 3) uint8.
@@ -114,6 +115,7 @@ class Predictor:
         *,
         opts: Sequence[str] = (),
         batch_size: int = 1,
+        optimize: str = "",
         tile: int = 0,
         overlap: float = 0.2,
     ) -> Predictor:
@@ -128,6 +130,8 @@ class Predictor:
                 that is needed, see `from_exported`.
             opts: KEY, VALUE, KEY, VALUE ..., where `config` is a file.
             batch_size: images that go through the model together.
+            optimize: "float32" or "bfloat16": prepare the detector for inference on the CPU, see
+                `detr_family.inference.optimize`. Empty: run it as it is.
             tile, overlap: see class.
 
         Raises:
@@ -154,6 +158,8 @@ class Predictor:
             register_datasets(cfg)
         model = build_model(cfg)
         DETRCheckpointer(model, whole=True, averaged=cfg.TEST.EMA).load(cfg.MODEL.WEIGHTS)
+        if optimize:
+            prepare(model, precision=optimize)
         own_size = cfg.TEST.AUG.ENABLED  # the views are made of the image as it is
         return cls(
             augmented(cfg, model),

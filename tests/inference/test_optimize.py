@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-import importlib
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from detectron2.modeling import build_model
+from predicting import NAMES, config
 from torch import nn
 
-from detr_family.inference.optimize import optimize
+from detr_family.checkpoint import DETRCheckpointer
+from detr_family.inference import Predictor
+from detr_family.inference import preparing as module
+from detr_family.inference.preparing import optimize
 from detr_family.layers import prepared
 from detr_family.layers.prepared import PreparedConv2d, PreparedFeedForward, PreparedLinear
-
-module = importlib.import_module("detr_family.inference.optimize")
 
 
 @pytest.fixture(params=[True, False], ids=["packed", "plain"])
@@ -138,3 +141,16 @@ def test_the_kernels_are_tried_before_they_are_trusted(monkeypatch: pytest.Monke
     monkeypatch.setattr(prepared.PreparedLinear, "forward", lambda self, x: x.new_zeros((*x.shape[:-1], 5)))
     assert not prepared.kernels_work()
     prepared.kernels_work.cache_clear()
+
+
+def test_the_predictor_prepares_its_detector(tmp_path: Path, packed: bool) -> None:
+    DETRCheckpointer(tiny.build("DETR"), str(tmp_path), class_names=NAMES).save("model")
+    image = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
+    found = {
+        how: Predictor.from_config(config("DETR"), tmp_path / "model.pth", optimize=how)(image)
+        for how in ("", "float32")
+    }
+    torch.testing.assert_close(found["float32"].scores, found[""].scores, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found["float32"].pred_boxes.tensor, found[""].pred_boxes.tensor, atol=1e-2, rtol=0)
+    with pytest.raises(ValueError, match="precision is 'half'"):
+        Predictor.from_config(config("DETR"), tmp_path / "model.pth", optimize="half")
