@@ -15,6 +15,9 @@ from torch import Tensor, nn
 _CHUNK = 4 << 20  # bytes of a feed-forward network's hidden layer worked on at a time: they stay in the cache
 
 
+_USUAL_MAP = (50, 67)  # height and width of a feature map, to choose a layout for
+
+
 @functools.cache
 def kernels_work() -> bool:
     """Whether this torch has oneDNN's prepacked operators and they compute what the plain ones do."""
@@ -93,7 +96,7 @@ class PreparedFeedForward(_Prepared):
     ) -> None:
         super().__init__()
         relu = isinstance(activation, nn.ReLU)
-        self.activation = nn.Identity() if relu else activation
+        self.activation = nn.Identity() if relu else activation.to(dtype)
         self.first = PreparedLinear(first, relu=relu, dtype=dtype)
         self.second = PreparedLinear(second, dtype=dtype)
         self.chunk = max(_CHUNK // (first.out_features * dtype.itemsize), 64)
@@ -136,8 +139,11 @@ class PreparedConv2d(_Prepared):
         self.dtype = dtype
         self.relu = relu
         self.out_channels = len(weight)
+        # The layout is chosen for a size of image; without one it is chosen for a tiny one, several times slower.
         packed = torch.ops.mkldnn._reorder_convolution_weight(
-            weight.detach().to(dtype).contiguous(memory_format=torch.channels_last), *self.geometry
+            weight.detach().to(dtype).contiguous(memory_format=torch.channels_last),
+            *self.geometry,
+            [1, groups * weight.shape[1], *_USUAL_MAP],
         )
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)

@@ -99,6 +99,12 @@ def test_a_feed_forward_network_in_pieces_is_the_same(monkeypatch: pytest.Monkey
     assert network(x[:0]).shape == (0, 100, 8)
 
 
+@pytest.mark.parametrize("name", tiny.DETECTORS)
+def test_every_detector_runs_in_bfloat16(name: str, packed: bool) -> None:
+    logits, boxes = outputs(optimize(tiny.build(name), precision="bfloat16"))
+    assert torch.isfinite(logits).all() and torch.isfinite(boxes).all()
+
+
 def test_bfloat16_is_near(packed: bool) -> None:
     model = resnet("DETR", 18)
     plain = outputs(model)
