@@ -24,6 +24,7 @@ setup(
     package_data={
         "detr_family.layers": ["csrc/*"],
         "detr_family.model_zoo": ["zoo.json"],
+        "detr_family.visualization": ["report.html.j2"],
         CONFIGS: ["*.yaml", "*/*.yaml"],
     },
     entry_points={"console_scripts": ["detr-family = detr_family.commands.main:main"]},
@@ -40,6 +41,7 @@ setup(
         "matplotlib>=3.7",
         "fvcore>=0.1.5",
         "iopath>=0.1.9",
+        "jinja2>=3.0",
         "numpy",
         "pillow",
         "pyyaml",

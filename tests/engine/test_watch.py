@@ -218,8 +218,10 @@ def test_a_test_set_without_boxes(coco_folder: Path) -> None:
 def test_one_class_and_names_that_are_code(coco_folder: Path) -> None:
     name = "<script>alert(1)</script> & \ud83d\ude00"
     one = [{"id": 4, "name": name}]
-    run(coco_folder, changes={"categories": one, "annotations": [{**own_data.ANNOTATIONS[0], "category_id": 4}]})
+    changes = {"categories": one, "annotations": [{**own_data.ANNOTATIONS[0], "category_id": 4}]}
+    run(coco_folder, changes=changes, name="<b>bold")
     text = page(coco_folder)
+    assert "<b>bold" not in text and "<h2>Results on &lt;b&gt;bold val</h2>" in text
     assert "<script" not in text and "&lt;script&gt;" in text and "Could not be made" not in text
     assert re.search(r"By class</h3><table>.*&lt;script&gt;.*?<td class=\"n\">1</td>", text)
 
