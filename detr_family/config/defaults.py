@@ -195,9 +195,6 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # counts in the statistics of the group norm after the projection of feature maps, competes with an image's tokens
     # in query selection, and shrinks the anchors that queries are encoded from.
     cfg.MODEL.DINO.IGNORE_PADDING = False
-    # Start content queries from a normal distribution of deviation 1 and the heads' matrices from Xavier's values,
-    # wider than the release does. A small detector that is trained for minutes learns faster so (docs/dino.md).
-    cfg.MODEL.DINO.WIDE_START = False
 
     # The learning rate of the backbone, and of a learned spatial encoding, as a factor of SOLVER.BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1

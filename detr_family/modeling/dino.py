@@ -51,12 +51,7 @@ from detr_family.modeling.heads import apply_per_layer, focal_heads, per_layer
 from detr_family.modeling.postprocessing import best_pairs
 from detr_family.modeling.set_detector import CommonArguments, SetDetector, at_least_one
 from detr_family.modeling.structures import SetPrediction, Targets
-from detr_family.modeling.transformer import (
-    TransformerArguments,
-    depths_and_layer,
-    transformer_arguments,
-    xavier_matrices,
-)
+from detr_family.modeling.transformer import TransformerArguments, depths_and_layer, transformer_arguments
 
 QUERY_SELECTIONS = ("none", "pure", "mixed")
 DENOISINGS = ("none", "dn", "contrastive")
@@ -163,7 +158,6 @@ class DINO(SetDetector):
                 look_forward_twice=dino.LOOK_FORWARD_TWICE,
                 share_heads=dino.SHARE_HEADS,
                 ignore_padding=dino.IGNORE_PADDING,
-                wide_start=dino.WIDE_START,
             ),
             "denoising": dino.DENOISING,
             "denoising_pairs": dino.DN_PAIRS,
@@ -266,8 +260,6 @@ class DINOTransformer(nn.Module):
         share_heads: one class and one box head for all decoder layers, else one of each per layer.
         ignore_padding: what is predicted for an image does not depend on what it is batched with; see
             `LevelProjections`, `best_tokens` and `DINODecoder`. The release: False.
-        wide_start: start content queries from a normal distribution of deviation 1 and the heads' matrices from
-            Xavier's values: small detectors that are trained for minutes learn faster. The release: False.
         **sizes: see `TransformerArguments`.
 
     Raises:
@@ -286,7 +278,6 @@ class DINOTransformer(nn.Module):
         look_forward_twice: bool,
         share_heads: bool,
         ignore_padding: bool,
-        wide_start: bool = False,
         **sizes: Unpack[TransformerArguments],
     ) -> None:
         super().__init__()
@@ -321,11 +312,6 @@ class DINOTransformer(nn.Module):
         init_transformer(self)
         nn.init.normal_(self.level_embed)
         class_head, box_head = focal_heads(dim, num_classes)
-        if wide_start:
-            if self.tgt_embed is not None:
-                nn.init.normal_(self.tgt_embed.weight)
-            for part in (class_head, *box_head.layers[:-1]):
-                xavier_matrices(part)
         self.decoder.class_embed = per_layer(class_head, decoder_layers, share=share_heads)
         self.decoder.bbox_embed = per_layer(box_head, decoder_layers, share=share_heads)
         if query_selection != "none":  # heads of their own, which start alike
