@@ -53,7 +53,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(name: str, counts: tuple
     assert one.keys() == two.keys()
     slots_differ = name == "DINO" and counts == (3, 2, 0, 0)
     for key in one:
-        rel = 1e-4 if slots_differ and "loss_ce_dn" in key else 1e-5
+        rel = 1e-3 if slots_differ and "loss_ce_dn" in key else 1e-5
         assert two[key] == pytest.approx(one[key], rel=rel, abs=1e-7), key
     for key, gradient in one_gradients.items():
         if slots_differ:
