@@ -11,6 +11,7 @@ What cannot be fetched is one error that says where to put the file instead.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -89,10 +90,12 @@ class DownloadHandler(HTTPURLHandler):
 class HubHandler(PathHandler):
     """`hf://owner/model[@revision][/file]`: a file of a model on the Hugging Face Hub.
 
-    Without a file: model.safetensors, or where there is none pytorch_model.bin.
+    Without a file: model.safetensors, or where there is none pytorch_model.bin. The model's config.json, which names
+    classes and settings, is fetched along where there is one: it comes to lie beside the weights.
     """
 
     PREFIX = "hf://"
+    SETTINGS = "config.json"
     FILES = ("model.safetensors", "pytorch_model.bin")
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -115,6 +118,8 @@ class HubHandler(PathHandler):
         for name in [file] if file else self.FILES:
             try:
                 local: str = hf_hub_download(model, name, revision=revision, endpoint=endpoint, force_download=force)
+                with contextlib.suppress(EntryNotFoundError, LocalEntryNotFoundError):  # or no network
+                    hf_hub_download(model, self.SETTINGS, revision=revision, endpoint=endpoint, force_download=force)
                 return local
             except LocalEntryNotFoundError as error:
                 raise self._unreachable(path, error) from error

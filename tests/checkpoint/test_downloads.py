@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from serving import Server, serving
 
 from detr_family.checkpoint import DETRCheckpointer, downloads
 from detr_family.checkpoint.downloads import checksum_of, is_address
+from detr_family.checkpoint.formats import read_config
 from detr_family.inference import Predictor
 
 PATH = "/weights/detr.pth"
@@ -120,7 +122,8 @@ def hub(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serv
     server.files[file] = server.files[PATH]
     server.headers[file] = {"ETag": f'"{sha256}"', "X-Repo-Commit": "c" * 40}
     server.headers["/tiny/detr/resolve/main/model.safetensors"] = {"X-Error-Code": "EntryNotFound"}
-    server.headers["/tiny/detr/resolve/main/best.pth"] = {"X-Error-Code": "EntryNotFound"}
+    for name in ("best.pth", "config.json"):
+        server.headers[f"/tiny/detr/resolve/main/{name}"] = {"X-Error-Code": "EntryNotFound"}
     return server
 
 
@@ -130,6 +133,14 @@ def test_a_model_of_the_hub(hub: Server, tmp_path: Path) -> None:
     assert list((tmp_path / "hub").rglob("pytorch_model.bin"))
     with pytest.raises(FileNotFoundError, match=r"tiny/detr on the Hub has no best\.pth: name a file"):
         load("hf://tiny/detr/best.pth")
+
+
+def test_the_settings_of_a_model_of_the_hub_come_along(hub: Server) -> None:
+    file = "/tiny/detr/resolve/main/config.json"
+    hub.files[file] = b'{"model_type": "detr"}'
+    hub.headers[file] = {"ETag": '"1234"', "X-Repo-Commit": "c" * 40}
+    weights = PathManager.get_local_path("hf://tiny/detr")
+    assert read_config(os.path.dirname(weights)) == {"model_type": "detr"}
 
 
 def test_the_hub_out_of_reach(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
