@@ -58,6 +58,7 @@ setup(
         "hub": ["huggingface_hub>=0.30"],  # for hf:// addresses
         "timm": ["timm>=1.0.20"],  # for build_timm_backbone and build_vit_backbone
         "video": ["opencv-python-headless>=4.5"],  # for demo.py on videos
+        "parquet": ["pyarrow>=14"],  # for tools/predict.py --parquet
         "lint": ["ruff>=0.6", "mypy>=1.10"],
     },
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from detr_family.analysis import command_line as analysis
-from detr_family.commands import convert_checkpoint, data_check, demo, export_model
+from detr_family.commands import convert_checkpoint, data_check, demo, export_model, predict
 from detr_family.config import load_config
 from detr_family.engine.processes import argument_parser
 from detr_family.inference.exported import is_exported
@@ -75,6 +75,13 @@ def check_demo(words: list[str]) -> None:
         check_config(args.config_file, args.opts)
 
 
+def check_predict(words: list[str]) -> None:
+    args = predict.parser().parse_args(words)
+    assert args.config_file or is_exported(args.weights) or args.merge
+    if args.config_file:
+        check_config(args.config_file, args.opts)
+
+
 def check_export(words: list[str]) -> None:
     args = export_model.parser().parse_args(words)
     check_config(args.config_file, args.opts)
@@ -110,6 +117,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "train_net.py": check_training,
     "projects/deformable/train_net.py": check_training,
     "demo.py": check_demo,
+    "tools/predict.py": check_predict,
     "tools/check_dataset.py": check_data,
     "tools/export_model.py": check_export,
     "tools/convert_checkpoint.py": check_checkpoint,
@@ -128,7 +136,7 @@ def check(command: str) -> None:
     if re.fullmatch(r"[A-Z_]+(\.[A-Z_]+)+", words[0]):  # a key with its value, for the end of a command
         return check_config("configs/detr_r50.yaml", words)
     if words[0] == "torchrun":
-        words = ["python", *words[words.index("train_net.py") :]]
+        words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
     if words[0] == "python":
         words.pop(0)
     if words[:1] == ["-m"]:

@@ -28,11 +28,12 @@ from detr_family.data.datasets.coco import register_datasets
 from detr_family.errors import UserError
 from detr_family.inference.exported import is_exported
 from detr_family.inference.predictor import ImageSource, Predictor
+from detr_family.inference.sources import VIDEO_SUFFIXES
 from detr_family.visualization.draw import draw_detections
 
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
 _NAMED_EXAMPLES = 5
-_NO_CV2 = (
+_MORE_NAMES = 100
+NO_CV2 = (
     "a video needs OpenCV, which is not installed: pip install opencv-python-headless, or take it apart first: "
     "ffmpeg -i clip.mp4 frames/%06d.png"
 )
@@ -267,15 +268,25 @@ def run(args: argparse.Namespace, progress: bool = True) -> int:
     )
     if results.images and not results.detections:
         print(f"The best score of all is {results.best:.3f}: lower --confidence-threshold to see more.")
-    if results.failed:
-        print(f"{len(results.failed)} could not be read:", file=sys.stderr)
-        for _, reason in results.failed[:_NAMED_EXAMPLES]:
-            print(f"  {reason}", file=sys.stderr)
-        if len(results.failed) > _NAMED_EXAMPLES:
-            rest = ", ".join(name for name, _ in results.failed[_NAMED_EXAMPLES:])
-            print(f"  and {rest}", file=sys.stderr)
-        return 1
-    return 0
+    say_what_failed(results.failed)
+    return 1 if results.failed else 0
+
+
+def say_what_failed(failed: Sequence[tuple[str, str]]) -> None:
+    """Tells of inputs that could not be read, the first of them with the reason.
+
+    Args:
+        failed: name and reason of each.
+    """
+    if not failed:
+        return
+    print(f"{len(failed)} could not be read:", file=sys.stderr)
+    for _, reason in failed[:_NAMED_EXAMPLES]:
+        print(f"  {reason}", file=sys.stderr)
+    rest = [name for name, _ in failed[_NAMED_EXAMPLES:]]
+    if rest:
+        more = f" ... and {len(rest) - _MORE_NAMES} more" if len(rest) > _MORE_NAMES else ""
+        print(f"  and {', '.join(rest[:_MORE_NAMES])}{more}", file=sys.stderr)
 
 
 def _run(args: argparse.Namespace, progress: bool) -> Results:
@@ -283,7 +294,7 @@ def _run(args: argparse.Namespace, progress: bool) -> Results:
         raise ValueError(f"--confidence-threshold is {args.confidence_threshold}; scores lie between 0 and 1")
     images, videos, others = find_inputs(args.input)
     if videos and importlib.util.find_spec("cv2") is None:
-        raise ValueError(f"{videos[0]}: {_NO_CV2}")
+        raise ValueError(f"{videos[0]}: {NO_CV2}")
     if others:
         print(f"{len(others)} files are no images or videos by their suffix and are left out", file=sys.stderr)
     if not args.config_file and not is_exported(args.weights):

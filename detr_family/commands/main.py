@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("detr_family.commands.train:command", "train or evaluate a detector (train_net.py)"),
     "demo": ("detr_family.commands.demo:command", "find objects in images and videos (demo.py)"),
+    "predict": ("detr_family.commands.predict:command", "the same for any number, over processes (tools/predict.py)"),
     "export": ("detr_family.commands.export_model:command", "write a detector as ONNX ... (tools/export_model.py)"),
     "check-dataset": ("detr_family.commands.data_check:command", "look at a dataset (tools/check_dataset.py)"),
     "convert-dataset": ("detr_family.commands.convert_dataset:command", "any dataset as COCO files"),

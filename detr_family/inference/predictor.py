@@ -282,13 +282,26 @@ class Predictor:
         return source if array_format == "RGB" else source[:, :, ::-1]
 
     def _predict(self, batch: Sequence[tuple[ImageSource, np.ndarray]]) -> Iterator[Prediction]:
-        if self.tile and max(batch[0][1].shape[:2]) > self.tile:
-            for source, image in batch:
-                yield Prediction(source, np.ascontiguousarray(image), self._in_tiles(image))
-            return
-        found = self._detect([image for _, image in batch])
+        found = self.detect([image for _, image in batch])
         for (source, image), instances in zip(batch, found, strict=True):
             yield Prediction(source, np.ascontiguousarray(image), instances)
+
+    def detect(self, images: Sequence[np.ndarray]) -> list[Instances]:
+        """What is found in images (H, W, 3) uint8, RGB, of one size: they share a batch."""
+        if self.tile and max(images[0].shape[:2]) > self.tile:
+            return [self._in_tiles(image) for image in images]
+        return self._detect(images)
+
+    def find(self, inputs: Sequence[tuple[np.ndarray, tuple[int, int]]]) -> list[Instances]:
+        """What is found in images that `resized` made, of one size: they share a batch.
+
+        Args:
+            inputs: of each image the pixels (C, h, w), and the height and width that the boxes are for.
+        """
+        batch = [{"image": torch.as_tensor(x), "height": size[0], "width": size[1]} for x, size in inputs]
+        with torch.no_grad():
+            outputs = self.model(batch)
+        return [output["instances"].to("cpu") for output in outputs]
 
     def _in_tiles(self, image: np.ndarray) -> Instances:
         height, width = image.shape[:2]
@@ -302,16 +315,15 @@ class Predictor:
         return merge_tiles(found, places, height, width, self.detections)
 
     def _detect(self, images: Sequence[np.ndarray]) -> list[Instances]:
-        """What the model finds in images of one size, RGB."""
-        inputs = []
-        for image in images:
-            seen = T.AugInput(np.ascontiguousarray(to_format(image, self.input_format)))
-            self.resize(seen)
-            tensor = torch.as_tensor(np.ascontiguousarray(seen.image.transpose(2, 0, 1)))
-            inputs.append({"image": tensor, "height": image.shape[0], "width": image.shape[1]})
-        with torch.no_grad():
-            outputs = self.model(inputs)
-        return [output["instances"].to("cpu") for output in outputs]
+        """What the model finds in images of one size, RGB, looked at as a whole."""
+        return self.find([(resized(x, self.resize, self.input_format), x.shape[:2]) for x in images])
+
+
+def resized(image: np.ndarray, resize: ResizeShortestEdge, input_format: str) -> np.ndarray:
+    """An RGB image (H, W, 3) uint8 as a detector takes it: (C, h, w) uint8."""
+    seen = T.AugInput(np.ascontiguousarray(to_format(image, input_format)))
+    resize(seen)
+    return np.ascontiguousarray(seen.image.transpose(2, 0, 1))
 
 
 def names_of_datasets(cfg: CfgNode, count: int) -> list[str] | None:

@@ -49,7 +49,7 @@ def read(tree: Tree, files: Sequence[Path]) -> FolderDataset:
                 f"{loaded[split][0]} and {path} are both of the split {split!r}: name the files train.json, val.json, "
                 "test.json, or give them with DATASETS.COCO_FORMAT"
             )
-        loaded[split] = path, _load(path)
+        loaded[split] = path, load(path)
     notes = []
     root_class = _root_class([data for _, data in loaded.values()])
     if root_class:
@@ -59,7 +59,7 @@ def read(tree: Tree, files: Sequence[Path]) -> FolderDataset:
         if split not in loaded:
             continue
         path, data = loaded[split]
-        root = _image_root(tree, path, data)
+        root = image_root(tree, path, data)
         changed = _with_plain_names(tree, root, path, data)
         if root_class:
             data = {**data, "categories": [entry for entry in data["categories"] if entry["id"] != 0]}
@@ -67,7 +67,12 @@ def read(tree: Tree, files: Sequence[Path]) -> FolderDataset:
     return FolderDataset(FORMAT, tree.folder, splits, notes)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
+    """A COCO annotation file whose images and categories are lists of objects.
+
+    Raises:
+        ValueError: it is no such file.
+    """
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -94,8 +99,12 @@ def _root_class(contents: Sequence[dict[str, Any]]) -> str:
     return names.pop() if len(names) == 1 else ""
 
 
-def _image_root(tree: Tree, path: Path, data: dict[str, Any]) -> Path:
-    """The folder that has most of a file's images, of those where they usually lie."""
+def image_root(tree: Tree, path: Path, data: dict[str, Any]) -> Path:
+    """The folder that has most of a file's images, of those where they usually lie.
+
+    Raises:
+        ValueError: none has any.
+    """
     names = [str(entry.get("file_name", "")).replace("\\", "/") for entry in data["images"]]
     names = [names[i * len(names) // _TRIED] for i in range(_TRIED)] if len(names) > _TRIED else names
     stem = path.stem.removeprefix("instances_")
