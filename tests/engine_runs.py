@@ -102,5 +102,3 @@ def weights_of(path: str) -> dict[str, Tensor]:
     data = torch.load(path, weights_only=True)
     average = {f"ema.{k}": v for k, v in data.get("ema", {}).get("model", {}).items()}
     return {**data["model"], **average}
-
-

@@ -42,9 +42,7 @@ def load(name: str) -> SimpleNamespace:
         pytest.skip(f"no golden outputs {name} in {FOLDER} (set DETR_FAMILY_SHARED to the folder that holds golden/)")
     with np.load(path) as file:
         arrays = {k: file[k] for k in file.files}
-    return SimpleNamespace(
-        **{k: json.loads(str(v)) if v.dtype.kind == "U" else v for k, v in arrays.items()}
-    )
+    return SimpleNamespace(**{k: json.loads(str(v)) if v.dtype.kind == "U" else v for k, v in arrays.items()})
 
 
 def released_file(golden: SimpleNamespace, path: Path) -> Path:
@@ -53,9 +51,7 @@ def released_file(golden: SimpleNamespace, path: Path) -> Path:
 
     fill = recipe().fill
     first = {name: group[0] for group in golden.tied for name in group}
-    state = {
-        name: torch.as_tensor(fill(first.get(name, name), shape)) for name, shape in golden.state_shapes.items()
-    }
+    state = {name: torch.as_tensor(fill(first.get(name, name), shape)) for name, shape in golden.state_shapes.items()}
     torch.save({"model": state, "args": argparse.Namespace(lr=1e-4)}, path)
     return path
 
@@ -73,9 +69,7 @@ def batch(num_classes: int = 80) -> list[dict[str, Any]]:
     for key, height, width, count in module.IMAGES:
         image = torch.from_numpy(module.image(key, height, width).transpose(2, 0, 1).copy())
         boxes, labels = module.targets(key, height, width, count, num_classes)
-        truth = Instances(
-            (height, width), gt_boxes=Boxes(torch.from_numpy(boxes)), gt_classes=torch.from_numpy(labels)
-        )
+        truth = Instances((height, width), gt_boxes=Boxes(torch.from_numpy(boxes)), gt_classes=torch.from_numpy(labels))
         inputs.append({"image": image, "instances": truth, "file_name": key})
     return inputs
 

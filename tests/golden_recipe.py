@@ -31,10 +31,7 @@ def _fill(name, shape):
         return (0.1 * z).astype(np.float32)
     if len(shape) >= 2:
         if (
-            ("embed" in name
-            and "bbox_embed" not in name
-            and "class_embed" not in name
-            and "input_proj" not in name)
+            ("embed" in name and "bbox_embed" not in name and "class_embed" not in name and "input_proj" not in name)
             or name.endswith("query_feat.weight")
             or "tgt_embed" in name
             or "label_enc" in name

@@ -13,13 +13,25 @@ import yaml
 from folders import yolo
 
 from detr_family.commands.data_check import command as command_of_check
+from detr_family.config import load_config
+from detr_family.model_zoo.weights import find_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "detr_quickstart.yaml"
+RECIPES = [ROOT / "configs" / f"finetune_dino_r50{end}.yaml" for end in ("", "_cpu")]
 _TINY = (
     *("MODEL.DETR.HIDDEN_DIM", "16", "MODEL.DETR.NUM_HEADS", "2", "MODEL.DETR.FEEDFORWARD_DIM", "24"),
     *("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()"),
     *("DATALOADER.NUM_WORKERS", "0", "TEST.EVAL_PERIOD", "2", "VIS_REPORT", "False"),
+)
+
+
+# The recipe for a CPU, of all lengths and sizes only as much.
+_SMALL = (
+    *("MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
+    *("MODEL.DETR.HIDDEN_DIM", "16", "MODEL.DETR.NUM_HEADS", "2", "MODEL.DETR.FEEDFORWARD_DIM", "24"),
+    *("INPUT.MIN_SIZE_TRAIN", "(32,)", "INPUT.MIN_SIZE_TEST", "32", "SOLVER.IMS_PER_BATCH", "2"),
+    *("SOLVER.EPOCHS", "3", "SOLVER.DROP_EPOCHS", "(2,)", "DATALOADER.NUM_WORKERS", "0", "VIS_REPORT", "False"),
 )
 
 
@@ -40,20 +52,31 @@ def command(script: str, *arguments: str) -> str:
 def test_from_a_folder_to_a_drawn_detection(tmp_path: Path, processes: str) -> None:
     folder = yolo(tmp_path / "pets", splits={"train": "abc", "test": "a"})
     output = tmp_path / "output"
-    flags = ["--data", str(folder), "--num-gpus", processes]
-    said = command("train_net.py", str(CONFIG), *flags, *_TINY, "OUTPUT_DIR", str(output))
+    flags = ["--data", str(folder), "--num-gpus", processes, "DATASETS.VAL_SEED", "2"]  # image a, with objects
+    said = command("train_net.py", str(RECIPES[1]), *flags, *_SMALL, "OUTPUT_DIR", str(output))
     assert f"{folder}: YOLO; train 2 images" in said and "1 of 3 images are cut off" in said
     assert {path.name for path in (output / "datasets").iterdir()} == {"train.json", "val.json", "test.json"}
     assert (output / "test" / "inference" / "coco_instances_results.json").is_file()
     known = yaml.safe_load((output / "config.yaml").read_text())["DATASETS"]
     assert (known["TRAIN"], known["TEST"], known["FINAL_TEST"]) == (["pets_train"], ["pets_val"], ["pets_test"])
 
-    weights = ["--weights", str(output / "model_final.pth")]
+    weights = ["--weights", str(output / "model_best.pth")]
     inputs = ["--input", str(folder / "images" / "train"), "--output", str(tmp_path / "drawn")]
     command("demo.py", str(output / "config.yaml"), *weights, *inputs, "--confidence-threshold", "0")
     assert (tmp_path / "drawn" / "a.jpg").is_file()
     shown = json.loads((tmp_path / "drawn" / "images.json").read_text())
     assert [entry["name"] for entry in shown["categories"]] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_judge_keep_and_use_averaged_weights_and_end_early(recipe: Path) -> None:
+    cfg = load_config(str(recipe))
+    assert cfg.SOLVER.EPOCHS > cfg.SOLVER.DROP_EPOCHS[0] > 0 < cfg.SOLVER.WARMUP_ITERS and cfg.TEST.EVAL_EPOCHS == 1
+    assert cfg.SOLVER.EMA.ENABLED and cfg.TEST.EMA and cfg.SOLVER.BEST_METRIC == "ema/bbox/AP"
+    assert 0 < cfg.SOLVER.EARLY_STOP.PATIENCE < cfg.SOLVER.EPOCHS and cfg.MODEL.DETR.CLASS_ROWS == "match"
+    if recipe is RECIPES[0]:  # a program can fetch them, and they are of its own configuration
+        weights = find_weights(cfg.MODEL.WEIGHTS)
+        assert weights.fetchable and f"_BASE_: {weights.name}.yaml" in recipe.read_text()
 
 
 @pytest.mark.slow

@@ -213,9 +213,7 @@ def test_a_mistake_in_two_processes_is_one_line(data: list[str], tmp_path: Path,
     ],
     ids=lambda x: x if isinstance(x, str) else " ".join(x[:3]),
 )
-def test_mistakes_end_with_one_clear_line(
-    data: list[str], tmp_path: Path, arguments: list[str], message: str
-) -> None:
+def test_mistakes_end_with_one_clear_line(data: list[str], tmp_path: Path, arguments: list[str], message: str) -> None:
     flags, opts = (arguments, []) if arguments[0].startswith("--") else ([], arguments)
     run = train_net(*flags, *data, "OUTPUT_DIR", str(tmp_path), *opts)
     assert run.returncode == 2 and "Traceback" not in run.stdout + run.stderr, run.stderr[-2000:]

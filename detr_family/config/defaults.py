@@ -291,7 +291,8 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # of the choice.
     cfg.DATASETS.VAL_SHARE = 0.2
     cfg.DATASETS.VAL_SEED = 0
-    # Datasets that are evaluated once, at the end of a training or of --eval-only, after those in TEST.
+    # Datasets that are evaluated once, at the end of a training (with model_best.pth where there is one) or of
+    # --eval-only, after those in TEST.
     cfg.DATASETS.FINAL_TEST = ()
 
     add_project_configs(cfg)

@@ -116,7 +116,7 @@ def keeping_hooks(cfg: CfgNode, hooks: list[HookBase], checkpointer: Checkpointe
     """The hooks of a run with the number of checkpoints limited, and `KeepBest` after those that evaluate.
 
     Raises:
-        ValueError: a number below 0, or early stopping without evaluations.
+        ValueError: a number below 0, early stopping without evaluations, or averaged weights judged that there are not.
     """
     for key, value in (("MAX_TO_KEEP", cfg.SOLVER.MAX_TO_KEEP), ("EARLY_STOP.PATIENCE", cfg.SOLVER.EARLY_STOP.PATIENCE),
                        ("EARLY_STOP.MIN_DELTA", cfg.SOLVER.EARLY_STOP.MIN_DELTA)):  # fmt: skip
@@ -127,6 +127,11 @@ def keeping_hooks(cfg: CfgNode, hooks: list[HookBase], checkpointer: Checkpointe
         raise ValueError(
             "SOLVER.EARLY_STOP.PATIENCE is set, but nothing is evaluated during the training: it needs DATASETS.TEST, "
             "TEST.EVAL_EPOCHS or TEST.EVAL_PERIOD, and SOLVER.BEST_METRIC"
+        )
+    if evaluated and "ema/" in cfg.SOLVER.BEST_METRIC and not cfg.SOLVER.EMA.ENABLED:
+        raise ValueError(
+            f"SOLVER.BEST_METRIC is {cfg.SOLVER.BEST_METRIC!r}, of averaged weights, which SOLVER.EMA.ENABLED False "
+            f"leaves out: set it to {cfg.SOLVER.BEST_METRIC.replace('ema/', '')!r} (and TEST.EMA False)"
         )
     for hook in hooks:
         if isinstance(hook, PeriodicCheckpointer):

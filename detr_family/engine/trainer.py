@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import weakref
@@ -184,16 +185,32 @@ class Trainer(DefaultTrainer):
         return super().test(cfg, augmented(cfg, model), evaluators)
 
     def train(self) -> Any:
-        """All steps, fewer with SOLVER.EARLY_STOP, then DATASETS.FINAL_TEST with the weights that they leave.
-
-        Where there is an average of the weights, that is evaluated.
-        """
+        """All steps, fewer with SOLVER.EARLY_STOP, then DATASETS.FINAL_TEST with the best weights, see `best_model`."""
         try:
             results = super().train()
         except EarlyStop:
             results = getattr(self, "_last_eval_results", None)
-        self.test_final(self.cfg, self.model if self.average is None else self.average.model)
+        if self.cfg.DATASETS.FINAL_TEST:
+            self.test_final(self.cfg, self.best_model())
         return results
+
+    def best_model(self) -> nn.Module:
+        """The detector with the weights in model_best.pth, averaged ones where SOLVER.BEST_METRIC judges those.
+
+        Where nothing was judged in the training it is the last weights, or their average where there is one.
+        """
+        keepers = [hook for hook in self._hooks if isinstance(hook, KeepBest)]
+        judged = comm.all_gather(any(hook.best_iter is not None for hook in keepers))[0]  # the main process knows
+        path = os.path.join(self.cfg.OUTPUT_DIR, "model_best.pth")
+        if judged and not all(comm.all_gather(os.path.isfile(path))):
+            _logger.warning("Not all processes can read %s: the last weights are taken in its place", path)
+            judged = False
+        if not judged:
+            return self.model if self.average is None else self.average.model
+        model = copy.deepcopy(self.model.module if hasattr(self.model, "module") else self.model)
+        averaged = self.cfg.SOLVER.BEST_METRIC.startswith("ema/")
+        DETRCheckpointer(model, whole=True, averaged=averaged).load(path, checkpointables=[])
+        return model
 
     @classmethod
     def test_final(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:

@@ -45,9 +45,7 @@ def test_figures_without_training_are_the_same_each_time(tool: Any, tmp_path: Pa
     assert all(len(data) < 150_000 for data in contents[0].values())
 
 
-def test_a_image_too_large_for_the_docs_is_refused(
-    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_image_too_large_for_the_docs_is_refused(tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.effect_noise((300, 300), 90).save(tmp_path / "noise.png")
     monkeypatch.setattr(tool, "MOST_BYTES", 1000)
     with pytest.raises(ValueError, match=r"noise\.png has \d+ bytes, more than 1000"):

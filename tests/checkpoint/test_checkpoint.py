@@ -125,9 +125,7 @@ def test_what_differs_is_only_logged_when_not_strict(tmp_path: Path, caplog: pyt
 
 
 def test_another_class_count_is_named_with_its_classes(tmp_path: Path) -> None:
-    DETRCheckpointer(
-        tiny.build("DETR", NUM_CLASSES=2), str(tmp_path), class_names=["cat", "dog"]
-    ).save("pets")
+    DETRCheckpointer(tiny.build("DETR", NUM_CLASSES=2), str(tmp_path), class_names=["cat", "dog"]).save("pets")
     with pytest.raises(ValueError, match=r"pets\.pth was trained with.*3 rows there and 4 here.*cat, dog.*NUM_CLASSES"):
         DETRCheckpointer(tiny.build("DETR")).load(str(tmp_path / "pets.pth"))
 
@@ -170,9 +168,7 @@ def test_a_malicious_pickle_is_refused(suffix: str, tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"not a checkpoint", b"\x80\x02}q\x00.", b"PK\x03\x04 half a zip"], ids=repr
-)
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x02}q\x00.", b"PK\x03\x04 half a zip"], ids=repr)
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_what_is_not_a_checkpoint_is_named(content: bytes, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"odd{suffix}"

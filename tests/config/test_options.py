@@ -19,9 +19,7 @@ Parser = Callable[[], argparse.ArgumentParser]
 @pytest.mark.parametrize("place", range(0, len(PAIRS) + 1, 2))
 def test_train_nets_flags_are_found_between_and_after_the_pairs(place: int) -> None:
     flags = ["--resume", "--num-gpus", "2", "--eval-only", "--machine-rank=3", "--local_rank=0", "--dist-u", "auto"]
-    args = processes.argument_parser().parse_args(
-        ["--config-file", "x.yaml", *PAIRS[:place], *flags, *PAIRS[place:]]
-    )
+    args = processes.argument_parser().parse_args(["--config-file", "x.yaml", *PAIRS[:place], *flags, *PAIRS[place:]])
     assert (args.config_file, args.resume, args.eval_only) == ("x.yaml", True, True)
     assert (args.num_gpus, args.machine_rank, args.local_rank, args.dist_url) == (2, 3, 0, "auto")
     assert args.opts == PAIRS

@@ -122,9 +122,7 @@ def test_parts_have_the_losses_and_gradients_of_processes(count: int, tmp_path: 
         losses, gradients = one_step(name, uneven_parts(count))
         assert processes[name][0] == pytest.approx(losses, rel=1e-5), name
         for key, gradient in gradients.items():
-            torch.testing.assert_close(
-                processes[name][1][key], gradient, rtol=1e-3, atol=2e-5, msg=f"{name} {key}"
-            )
+            torch.testing.assert_close(processes[name][1][key], gradient, rtol=1e-3, atol=2e-5, msg=f"{name} {key}")
 
 
 @pytest.mark.parametrize(

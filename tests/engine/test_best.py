@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.engine import launch
+from detectron2.engine.hooks import CallbackHook
+from detectron2.utils import comm
 from engine_runs import StopAfter, assert_bit_equal, everything, run_cfg, train, weights_of
 
 from detr_family.engine import Trainer
 from detr_family.engine.best import KeepBest
+from detr_family.engine.processes import run_and_leave
+from detr_family.engine.watch import RunWriter
 
 
 def script(monkeypatch: pytest.MonkeyPatch, values: dict[int, float], killed_at: int | None = None) -> list[int]:
@@ -104,6 +109,57 @@ def test_patience(killed_at: int | None, tmp_path: Path, monkeypatch: pytest.Mon
     assert keeper(train(cfg, resume=True)).best_metric == 99.0
 
 
+@pytest.mark.parametrize("metric", ["bbox/AP", "ema/bbox/AP", ""])
+def test_the_test_split_sees_the_best_weights(metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def test(cls: Any, cfg: Any, model: Any) -> dict[str, Any]:
+        if cfg.OUTPUT_DIR.endswith("test"):
+            seen.update({k: v.clone() for k, v in model.state_dict().items()})
+        seen["evaluations"] = done = seen.get("evaluations", 0) + 1
+        return {"bbox": {"AP": 10.0 - abs(done - (4 if metric.startswith("ema/") else 3))}}  # after two steps
+
+    monkeypatch.setattr(Trainer, "test", classmethod(test))
+    opts = ["SOLVER.BEST_METRIC", metric, "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5]
+    cfg = cfg_of(tmp_path, "run", 4, opts)
+    cfg.DATASETS.FINAL_TEST = cfg.DATASETS.TRAIN
+    trainer = train(cfg)
+    assert seen.pop("evaluations") == 9
+    saved = weights_of(f"{cfg.OUTPUT_DIR}/{'model_best' if metric else 'model_final'}.pth")
+    averaged = metric != "bbox/AP"  # without a best it is the average of the last weights
+    assert_bit_equal(seen, {k: saved[f"ema.{k}" if averaged else k] for k in seen})
+    assert_bit_equal(
+        trainer.model.state_dict(),
+        {k: v for k, v in weights_of(f"{cfg.OUTPUT_DIR}/model_final.pth").items() if not k.startswith("ema.")},
+    )  # the trainer's own stay
+    assert not metric or keeper(trainer).best_iter == 1
+
+
+def stop_early_in_two_processes(cfg: Any) -> None:
+    """The evaluations' results are known to the main process alone; all end at the same step."""
+
+    def test(cls: Any, cfg: Any, model: Any) -> dict[str, Any]:
+        return {"bbox": {"AP": 9.0 if model.steps == 2 else 1.0}} if comm.is_main_process() else {}
+
+    Trainer.test = classmethod(test)  # type: ignore[method-assign, assignment]
+    torch.set_num_threads(1)
+    trainer = Trainer(cfg)
+    trainer._hooks = [hook for hook in trainer._hooks if not isinstance(hook, RunWriter)]
+    trainer.register_hooks([CallbackHook(before_step=lambda t: setattr(t.model, "steps", t.iter + 1))])
+    trainer.train()
+    assert comm.all_gather(trainer.iter) == [3, 3], "best after 2, and two evaluations without a rise"
+    weights = comm.all_gather({k: v.clone() for k, v in trainer.best_model().state_dict().items()})
+    assert_bit_equal(*weights)
+    assert_bit_equal(weights[1], weights_of(f"{cfg.OUTPUT_DIR}/model_best.pth"))
+
+
+@pytest.mark.slow
+def test_all_processes_stop_together_and_find_the_best(tmp_path: Path) -> None:
+    cfg = cfg_of(tmp_path, "run", 6, ["SOLVER.EARLY_STOP.PATIENCE", 2, "MODEL.DEVICE", "cpu"])
+    launch(run_and_leave, 2, dist_url="auto", args=(stop_early_in_two_processes, cfg))
+    assert torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)["trainer"]["iteration"] == 3
+
+
 def test_the_metric_of_one_of_several_test_sets(tmp_path: Path) -> None:
     cfg = cfg_of(tmp_path, "run")
     cfg.DATASETS.TEST = ("cells", "mice")
@@ -121,6 +177,7 @@ def test_the_metric_of_one_of_several_test_sets(tmp_path: Path) -> None:
         (["SOLVER.EARLY_STOP.PATIENCE", -2], "SOLVER.EARLY_STOP.PATIENCE is -2"),
         (["SOLVER.EARLY_STOP.PATIENCE", 2, "TEST.EVAL_PERIOD", 0], "nothing is evaluated during the training"),
         (["SOLVER.EARLY_STOP.PATIENCE", 2, "SOLVER.BEST_METRIC", ""], "nothing is evaluated during the training"),
+        (["SOLVER.BEST_METRIC", "ema/bbox/AP50"], "SOLVER.EMA.ENABLED False leaves out: set it to 'bbox/AP50'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(opts: list[Any], message: str, tmp_path: Path) -> None:

@@ -85,9 +85,7 @@ def test_activation_checkpointing_over_processes_changes_no_gradient() -> None:
     launch(run_and_leave, 2, dist_url="auto", args=(compare_checkpointed,))
 
 
-def test_torchruns_environment_is_followed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_torchruns_environment_is_followed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ran: list[Any] = []
     monkeypatch.setattr(processes, "detectron2_launch", lambda *args, **kwargs: ran.append("detectron2"))
     parser = processes.argument_parser()

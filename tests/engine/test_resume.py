@@ -123,9 +123,7 @@ def checkpoint_names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "gone"])
-def test_a_damaged_checkpoint_is_passed_over(
-    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     opts = ["SOLVER.MAX_ITER", 6]
     whole = train(run_cfg("DETR", tmp_path, "whole", opts))
     cfg = run_cfg("DETR", tmp_path, "run", opts)

@@ -141,9 +141,9 @@ def test_onnxruntime_alone_takes_images_without_sizes(tmp_path: Path) -> None:
     expected = model([{"image": image}])[0]["instances"]
     assert torch.allclose(expected.scores, torch.from_numpy(scores[1]), atol=1e-4)
     assert torch.allclose(expected.pred_boxes.tensor, torch.from_numpy(boxes[1]), atol=1e-2)
-    assert labels.dtype == "int64" and session.get_modelmeta().custom_metadata_map["class_names"] == str(
-        NAMES
-    ).replace("'", '"')
+    assert labels.dtype == "int64" and session.get_modelmeta().custom_metadata_map["class_names"] == str(NAMES).replace(
+        "'", '"'
+    )
 
 
 def test_a_file_that_differs_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

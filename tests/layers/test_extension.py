@@ -21,9 +21,7 @@ sys.path.insert(0, str(ROOT))
 def copy_sources(target: Path) -> None:
     for name in ("setup.py", "build_ext.py", "pyproject.toml"):
         shutil.copy(ROOT / name, target)
-    shutil.copytree(
-        ROOT / "detr_family", target / "detr_family", ignore=shutil.ignore_patterns("*.so", "__pycache__")
-    )
+    shutil.copytree(ROOT / "detr_family", target / "detr_family", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
 
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -53,9 +51,7 @@ def test_building_never_fails_for_want_of_tools(tmp_path: Path):
         "x, w = torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1); "
         "print(l.ms_deform_attn(v, [(2, 3)], [0], x, w))"
     )
-    used = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    used = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "tensor([[[1., 1.]]])" in used.stdout, used.stderr
     assert used.stderr.count("slow pure-torch path: the cpu library was not built") == 1
 
@@ -128,9 +124,7 @@ def test_cpu_library_builds(tmp_path: Path):
         "from detr_family.layers import deformable_attention_ops as o; "
         "print(o.library_file('cpu'), o.cpu_instructions())"
     )
-    used = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    used = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     file, instructions = used.stdout.split()
     assert file.startswith(str(tmp_path)) and instructions in ("generic", "avx2", "avx512")
 
@@ -138,20 +132,13 @@ def test_cpu_library_builds(tmp_path: Path):
 @in_checkout
 @pytest.mark.extension
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="no CUDA toolkit"
-)
+@pytest.mark.skipif(not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="no CUDA toolkit")
 def test_cuda_library_builds_and_loads_without_a_driver(tmp_path: Path):
     copy_sources(tmp_path)
     result = build(tmp_path, FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
     assert result.returncode == 0, result.stderr
-    code = (
-        "from detr_family.layers import deformable_attention_ops as o; "
-        "print(o._loaded['cuda'][1], o.cuda_arches())"
-    )
-    used = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    code = "from detr_family.layers import deformable_attention_ops as o; print(o._loaded['cuda'][1], o.cuda_arches())"
+    used = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert used.stdout.split() == ["['9.0']"]
 
 

@@ -34,9 +34,7 @@ def example() -> tuple[SetPrediction, Targets, Assignment]:
         image=torch.tensor([0, 0, 1]),
         counts=[2, 1],
     )
-    assignment = Assignment(
-        query=torch.tensor([[4, 1, 3], [0, 5, 2]]), target=torch.tensor([[1, 0, 2], [0, 1, 2]])
-    )
+    assignment = Assignment(query=torch.tensor([[4, 1, 3], [0, 5, 2]]), target=torch.tensor([[1, 0, 2], [0, 1, 2]]))
     return prediction, targets, assignment
 
 

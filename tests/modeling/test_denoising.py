@@ -91,9 +91,7 @@ def test_no_noise_gives_the_truth_once_in_every_group() -> None:
 
 
 def test_every_group_has_noise_of_its_own_and_a_seed_repeats_it() -> None:
-    a, b, c = (
-        groups_of(truth(4), label=0.5, box=0.4, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
-    )
+    a, b, c = (groups_of(truth(4), label=0.5, box=0.4, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(a.anchors, b.anchors) and torch.equal(a.labels, b.labels)
     assert not torch.equal(a.anchors, c.anchors)
     first, second, _ = a.anchors[0].view(3, 4, 4)
@@ -165,5 +163,3 @@ def test_groups_are_made_in_no_time() -> None:
         times.append(time.process_time() - start)
     torch.set_num_threads(threads)
     assert min(times) < 2e-3
-
-

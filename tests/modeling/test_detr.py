@@ -175,9 +175,7 @@ def test_dropout_is_applied_only_in_training() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_attention_goes_through_scaled_dot_product_attention(
-    training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_goes_through_scaled_dot_product_attention(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = detr(ENC_LAYERS=1, DEC_LAYERS=2).train(training)
     calls = []
     original = torch.nn.functional.scaled_dot_product_attention

@@ -273,9 +273,7 @@ def test_fewer_tokens_than_queries(selection: str, ignore: bool) -> None:
     losses = model(inputs)
     total = sum(losses.values())
     total.backward()
-    assert torch.isfinite(total) and all(
-        torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None
-    )
+    assert torch.isfinite(total) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     model.eval()
     with torch.no_grad():
         alone = model.predict(model.preprocess_image(inputs[:1]))

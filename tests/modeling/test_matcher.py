@@ -57,8 +57,11 @@ def test_assignment_is_the_cheapest_of_all(counts: tuple[int, ...]) -> None:
         assert sorted(result.target[layer].tolist()) == list(range(sum(counts)))
         start = 0
         for count in counts:
-            mine = [(t, q) for t, q in zip(result.target[layer].tolist(), result.query[layer].tolist(), strict=True)
-                    if start <= t < start + count]
+            mine = [
+                (t, q)
+                for t, q in zip(result.target[layer].tolist(), result.query[layer].tolist(), strict=True)
+                if start <= t < start + count
+            ]
             assert len({q for _, q in mine}) == count
             total = sum(cost[layer, t, q].item() for t, q in mine)
             best = min(

@@ -59,7 +59,11 @@ def test_features_equal_torchvisions(cfg: CfgNode, window: int) -> None:
     size = SIZES["T"]
     torch.manual_seed(0)
     theirs = TorchvisionSwin(
-        [4, 4], size["embed_dim"], list(size["depths"]), list(size["num_heads"]), [window, window],
+        [4, 4],
+        size["embed_dim"],
+        list(size["depths"]),
+        list(size["num_heads"]),
+        [window, window],
         stochastic_depth_prob=0.0,
     ).eval()
     ours = build(cfg, WINDOW_SIZE=window, OUT_FEATURES=["p0", "p1", "p2", "p3"]).eval()
@@ -104,9 +108,7 @@ def test_features_are_named_with_their_strides_and_any_size_of_image_will_do(cfg
 @pytest.mark.parametrize(
     ("size", "millions", "channels"), [("T", 27.5, 768), ("S", 48.8, 768), ("B", 86.7, 1024), ("L", 195.0, 1536)]
 )
-def test_sizes_are_the_papers(
-    size: str, millions: float, channels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sizes_are_the_papers(size: str, millions: float, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The papers' tables count the classifier too: 28.3, 49.6, 87.8 and 196.5 million."""
     for name in ("trunc_normal_", "kaiming_uniform_"):  # the values do not matter
         monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
