@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
+from detectron2.utils import comm
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from detr_family.config import load_config
 from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
+from detr_family.engine.processes import TORCHRUN, launch, meeting
 from detr_family.errors import UserError
 from detr_family.inference.exported import is_exported
 from detr_family.inference.predictor import ImageSource, Predictor
@@ -112,6 +114,35 @@ class Results:
                 entry = {"image_id": image_id, "category_id": self.category_ids[number], "bbox": box, "score": score}
                 self.detections.append(entry)
 
+    @classmethod
+    def together(cls, several: Sequence[Results], order: Sequence[Path]) -> Results:
+        """Those of several processes as those of one.
+
+        Args:
+            several: one or more, none of which knows an image that another knows.
+            order: the inputs that the images and frames are from.
+        """
+        first = several[0]
+        if len(several) == 1:
+            return first
+        result = cls(first.class_names, first.category_ids, best=max(results.best for results in several))
+        places = {str(path): i for i, path in enumerate(order)}
+        found: list[tuple[int, int, dict[str, Any], list[dict[str, Any]]]] = []
+        for results in several:
+            result.failed += results.failed
+            own: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in results.images}
+            for detection in results.detections:
+                own[detection["image_id"]].append(detection)
+            for image in results.images:
+                name = image["file_name"]
+                place = places[name if name in places else name.rpartition("#")[0]]
+                found.append((place, len(found), image, own[image["id"]]))
+        for _, _, image, detections in sorted(found):  # no two are alike in both numbers
+            image_id = len(result.images) + 1
+            result.images.append({**image, "id": image_id})
+            result.detections += [{**detection, "image_id": image_id} for detection in detections]
+        return result
+
     def write(self, folder: Path) -> None:
         """Writes results.json, as pycocotools' loadRes takes it, and images.json, what its ids stand for."""
         categories = [
@@ -145,21 +176,20 @@ def category_ids(cfg: CfgNode, class_names: Sequence[str]) -> list[int]:
 
 
 def run_images(
-    predictor: Predictor, images: Sequence[Path], output: Path, results: Results, threshold: float, progress: bool
+    predictor: Predictor, images: Mapping[Path, Path], results: Results, threshold: float, progress: bool
 ) -> None:
-    """Predicts images in batches, draws each into `output` and adds it to the results."""
-    taken: set[str] = set()
+    """Predicts images in batches, draws each to the file that stands with it, and adds it to the results."""
 
     def failed(source: ImageSource, error: ValueError) -> None:
         results.failed.append((str(source), str(error)))
         bar.update()
 
     with tqdm(total=len(images), desc="images", disable=not progress or None, mininterval=0.5) as bar:
-        for prediction in predictor.stream(images, on_error=failed):
+        for prediction in predictor.stream(list(images), on_error=failed):
             source = Path(str(prediction.source))
             results.add(str(source), prediction.instances, threshold)
             drawn = draw_detections(prediction.image, prediction.instances, results.class_names, threshold)
-            drawn.save(output / _free_name(source, taken), quality=95)
+            drawn.save(images[source], quality=95)
             bar.update()
 
 
@@ -251,8 +281,27 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and do what it says; returns the exit status."""
-    return run(parser().parse_args(arguments))
+    """Parse the command line and do what it says, with torchrun's other processes if there are; the exit status."""
+    args = parser().parse_args(arguments)
+    if not all(name in os.environ for name in TORCHRUN):
+        return run(args)
+    args.num_gpus = args.num_machines = 1  # the launcher's names
+    launch(main, args)
+    return 0  # torchrun would report a crash where some images could not be read
+
+
+def main(args: argparse.Namespace) -> None:
+    """What each of torchrun's processes does: its share of the images and videos; the first tells and writes.
+
+    Raises:
+        UserError: what was asked for cannot be.
+    """
+    try:
+        results = _run(args, progress=comm.is_main_process())
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if comm.is_main_process():
+        _tell(args, results)
 
 
 def run(args: argparse.Namespace, progress: bool = True) -> int:
@@ -262,6 +311,11 @@ def run(args: argparse.Namespace, progress: bool = True) -> int:
     except (OSError, ValueError, UserError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
+    _tell(args, results)
+    return 1 if results.failed else 0
+
+
+def _tell(args: argparse.Namespace, results: Results) -> None:
     print(
         f"{len(results.images)} images, {len(results.detections)} boxes that score {args.confidence_threshold:g} or "
         f"more; drawn images, results.json and images.json: {args.output}"
@@ -269,7 +323,6 @@ def run(args: argparse.Namespace, progress: bool = True) -> int:
     if results.images and not results.detections:
         print(f"The best score of all is {results.best:.3f}: lower --confidence-threshold to see more.")
     say_what_failed(results.failed)
-    return 1 if results.failed else 0
 
 
 def say_what_failed(failed: Sequence[tuple[str, str]]) -> None:
@@ -295,7 +348,7 @@ def _run(args: argparse.Namespace, progress: bool) -> Results:
     images, videos, others = find_inputs(args.input)
     if videos and importlib.util.find_spec("cv2") is None:
         raise ValueError(f"{videos[0]}: {NO_CV2}")
-    if others:
+    if others and comm.is_main_process():
         print(f"{len(others)} files are no images or videos by their suffix and are left out", file=sys.stderr)
     if not args.config_file and not is_exported(args.weights):
         raise ValueError("--config-file is needed: one of configs/, or the config.yaml of a training")
@@ -308,11 +361,18 @@ def _run(args: argparse.Namespace, progress: bool) -> Results:
     names = predictor.class_names or [f"class {i}" for i in range(count)]
     results = Results(names, category_ids(cfg, names))
     args.output.mkdir(parents=True, exist_ok=True)
-    run_images(predictor, images, args.output, results, args.confidence_threshold, progress)
-    for video in videos:
+    taken: set[str] = set()
+    drawn = {image: args.output / _free_name(image, taken) for image in images}
+    meet, part, parts = meeting(), comm.get_rank(), comm.get_world_size()
+    own = {image: drawn[image] for image in images[part::parts]}
+    run_images(predictor, own, results, args.confidence_threshold, progress)
+    for video in videos[part::parts]:
         try:
             run_video(predictor, video, args.output, results, args.confidence_threshold, progress)
         except ValueError as error:  # what was found in the other inputs is still written
             results.failed.append((str(video), str(error)))
-    results.write(args.output)
-    return results
+    meet()
+    everything = Results.together(comm.gather(results) or [results], [*images, *videos])
+    if part == 0:
+        everything.write(args.output)
+    return everything

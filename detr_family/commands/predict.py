@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import importlib
 import importlib.util
@@ -11,12 +10,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
@@ -25,7 +23,7 @@ from detr_family.config import load_config
 from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
-from detr_family.engine.processes import launch
+from detr_family.engine.processes import launch, meeting
 from detr_family.errors import UserError, mistakes, require
 from detr_family.inference import journal
 from detr_family.inference.exported import is_exported
@@ -154,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
     for name in args.modules:
         importlib.import_module(name)
     part, parts = share_of(args.shard) or (comm.get_rank(), comm.get_world_size())
-    meet = _meeting()
+    meet = meeting()
     with mistakes():
         work = find_work(args.input, args.image_root)
         if work.videos and importlib.util.find_spec("cv2") is None:
@@ -185,14 +183,6 @@ def main(args: argparse.Namespace) -> None:
     meet()
     if part == 0 and parts > 1 and not args.shard:
         print(f"all {parts} processes are done after {time.monotonic() - begin:.0f} s", file=sys.stderr)
-
-
-def _meeting() -> Callable[[], None]:
-    """Where all processes wait for each other, for days if need be: one may have had the larger images."""
-    if comm.get_world_size() == 1:
-        return lambda: None
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
-    return lambda: dist.barrier(group)
 
 
 def _predictor(cfg: CfgNode, args: argparse.Namespace) -> Predictor:

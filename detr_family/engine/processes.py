@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import logging
 import os
@@ -22,7 +23,7 @@ from torch.multiprocessing.spawn import ProcessException
 from detr_family.config.options import OptionsParser
 from detr_family.errors import UserError, message_of
 
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
@@ -55,7 +56,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            if all(name in os.environ for name in _TORCHRUN):
+            if all(name in os.environ for name in TORCHRUN):
                 _join(args)
                 run_and_leave(main, args)
             elif args.num_gpus * args.num_machines > 1:
@@ -76,6 +77,14 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
             if not messages:
                 raise
             _leave(messages[0].read_text(encoding="utf-8"))
+
+
+def meeting() -> Callable[[], None]:
+    """Where all processes wait for each other, for days if need be: one may have had the larger images."""
+    if comm.get_world_size() == 1:
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
+    return lambda: dist.barrier(group)
 
 
 def _leave(message: str) -> None:

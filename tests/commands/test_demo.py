@@ -16,13 +16,14 @@ import pytest
 import tiny
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
 from own_data import CATEGORIES, write
 from PIL import Image
 from predicting import NAMES, Bomb, config
 from pycocotools.coco import COCO
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.commands.demo import category_ids, find_inputs, parser, run
+from detr_family.commands.demo import Results, category_ids, find_inputs, parser, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -199,3 +200,39 @@ def test_the_program_itself(folder: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert ended.returncode == 2
     assert "there is no checkpoint" in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
+
+
+def test_results_of_processes_are_those_of_one() -> None:
+    def results(part: int, parts: int) -> Results:
+        result = Results(NAMES, [1, 2, 3])
+        for name in [f"{i}.png" for i in range(5)][part::parts] + (["a#b.mp4#000001", "a#b.mp4#000002"] * (part == 0)):
+            classes = torch.tensor([0, len(name) % 3])
+            instances = Instances((20, 30), scores=torch.tensor([0.9, 0.5]), pred_classes=classes)
+            instances.pred_boxes = Boxes(torch.tensor([[1.0, 2, 3, 4]] * 2))
+            result.add(name, instances, 0.6 if name == "2.png" else 0.0)
+        return result
+
+    order = [Path(name) for name in ("0.png", "1.png", "2.png", "3.png", "4.png", "a#b.mp4")]
+    one = results(0, 1)
+    for parts in (2, 3, 7):
+        together = Results.together([results(part, parts) for part in range(parts)], order)
+        assert (together.images, together.detections, together.best) == (one.images, one.detections, one.best)
+
+
+@pytest.mark.slow
+def test_torchruns_processes_draw_their_shares(folder: Path) -> None:
+    assert demo(folder, folder / "images") == 1
+    expected = {name: read(folder, name) for name in ("results.json", "images.json")}
+    (folder / "out").rename(folder / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "demo.py"]
+    command += ["--config-file", str(folder / "config.yaml"), "--weights", str(folder / "weights.pth")]
+    command += ["--import", "tiny"]
+    command += ["--output", str(folder / "out"), "--confidence-threshold", "0", "--input", str(folder / "images")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert not ran.returncode, ran.stderr[-3000:]
+    assert ran.stdout.count("3 images, 21 boxes") == 1 and ran.stderr.count("broken.png cannot be read") == 1
+    assert read(folder, "images.json") == expected["images.json"]
+    scores = [[entry["score"] for entry in found] for found in (read(folder, "results.json"), expected["results.json"])]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert {path.name for path in (folder / "out").iterdir()} == {path.name for path in (folder / "one").iterdir()}
