@@ -59,6 +59,9 @@ setup(
         "timm": ["timm>=1.0.20"],  # for build_timm_backbone and build_vit_backbone
         "video": ["opencv-python-headless>=4.5"],  # for demo.py on videos
         "parquet": ["pyarrow>=14"],  # for tools/predict.py --parquet
+        "wandb": ["wandb>=0.17"],  # LOGGERS, each by its name
+        "mlflow": ["mlflow-skinny>=2.14"],
+        "clearml": ["clearml>=1.16"],
         "lint": ["ruff>=0.6", "mypy>=1.10"],
     },
 )

@@ -142,9 +142,7 @@ def numbers_of(image: Image, rows: Sequence[tuple[str, list[NoisedBox]]], names:
     }
 
 
-def draw(
-    image: Image, rows: Sequence[tuple[str, list[NoisedBox]]], names: Sequence[str], num_groups: int
-) -> Figure:
+def draw(image: Image, rows: Sequence[tuple[str, list[NoisedBox]]], names: Sequence[str], num_groups: int) -> Figure:
     """A row for each detector: the ground truth, then its groups."""
     most = max(x.group for _, boxes in rows for x in boxes) + 1
     columns = 1 + min(num_groups, most)

@@ -337,9 +337,7 @@ def check(device: str, seed: int, rounds: int) -> bool:
                     grads = torch.autograd.grad(output, leaves, grad.to(output))
                     exact_grads = torch.autograd.grad(expected, exact, grad.to(dtype).double())
                     pairs = zip((output, *grads), (expected, *exact_grads), strict=True)
-                    for name, (result, other) in zip(
-                        ("output", "value", "second", "third"), pairs, strict=True
-                    ):
+                    for name, (result, other) in zip(("output", "value", "second", "third"), pairs, strict=True):
                         difference = (result.detach().double().cpu() - other.detach()).abs().max()
                         error = float(difference / other.detach().abs().max().clamp(min=1e-3))
                         worst[dtype] = max(worst[dtype], error)
@@ -351,17 +349,13 @@ def check(device: str, seed: int, rounds: int) -> bool:
                             )
     fine = all(worst[dtype] <= tolerance for dtype, tolerance in tolerances.items())
     errors = ", ".join(f"{str(dtype).removeprefix('torch.')} {error:.1e}" for dtype, error in worst.items())
-    print(
-        f"{'all within tolerance' if fine else 'NOT ALL WITHIN TOLERANCE'} on {device}, seed {seed}: {errors}"
-    )
+    print(f"{'all within tolerance' if fine else 'NOT ALL WITHIN TOLERANCE'} on {device}, seed {seed}: {errors}")
     return fine
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--batch", type=int, default=1)

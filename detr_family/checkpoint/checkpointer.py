@@ -152,9 +152,7 @@ class DETRCheckpointer(DetectionCheckpointer):
             if is_whole(path):
                 return path, ""
             _logger.warning("%s is missing or damaged: the checkpoint before it is tried", path)
-        return "", (
-            f"no checkpoint in {self.save_dir} is whole: leave out --resume to start anew"
-        )
+        return "", (f"no checkpoint in {self.save_dir} is whole: leave out --resume to start anew")
 
     def load(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint; what was stored beside weights and checkpointables is returned.

@@ -61,9 +61,7 @@ def sha256_of(path: str) -> str:
 class DownloadHandler(HTTPURLHandler):
     """iopath's handler of https, with checksums and errors that say what to do."""
 
-    def _get_local_path(
-        self, path: str, force: bool = False, cache_dir: str | None = None, **kwargs: Any
-    ) -> str:
+    def _get_local_path(self, path: str, force: bool = False, cache_dir: str | None = None, **kwargs: Any) -> str:
         checksum, url = checksum_of(path), urldefrag(path)[0]
         known = self.cache_map.get(url)
         try:

@@ -193,7 +193,6 @@ def parser() -> argparse.ArgumentParser:
         default="Base-DETR",
         metavar="FILE",
         help="whose DATASETS and augmentation are taken: a file, or a name: dn_detr_r50",
-
     )
     result.add_argument("--no-pictures", dest="no_images", action="store_true", help="look at the annotations alone")
     result.add_argument("--sheet", type=Path, metavar="PNG", help="draw training images with their boxes, augmented")

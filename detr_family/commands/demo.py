@@ -262,7 +262,8 @@ def parser() -> argparse.ArgumentParser:
         "--config-file", default="", metavar="FILE",
         help="the config.yaml of a training, or a name: dn_detr_r50; not needed with an exported file",
     )  # fmt: skip
-    result.add_argument("--weights",
+    result.add_argument(
+        "--weights",
         metavar="FILE",
         help="the checkpoint: a file, an address (https://, hf://owner/model) or a name of the model zoo; or a file of "
         "tools/export_model.py; by default MODEL.WEIGHTS of the config",

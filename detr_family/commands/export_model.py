@@ -33,9 +33,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--weights", metavar="FILE", help="the checkpoint; by default MODEL.WEIGHTS of the config")
     result.add_argument("--format", required=True, choices=list(SUFFIX))
-    result.add_argument(
-        "--output", type=Path, metavar="FILE", help="by default output/model with the format's suffix"
-    )
+    result.add_argument("--output", type=Path, metavar="FILE", help="by default output/model with the format's suffix")
     result.add_argument(
         "--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"),
         help="size of the images that it is tried with; with --fixed the only one that it takes",

@@ -93,9 +93,7 @@ def command(arguments: Sequence[str] | None = None) -> int:
         print(f"predict: {error}", file=sys.stderr)
         return 2
     written = "results.json, images.json" + (", results.parquet" if args.parquet else "")
-    print(
-        f"{merged.images} images, {merged.detections} boxes that score enough; {written}: {args.output}", flush=True
-    )
+    print(f"{merged.images} images, {merged.detections} boxes that score enough; {written}: {args.output}", flush=True)
     if merged.images and not merged.detections:
         print(f"The best score of all is {merged.best:.3f}: lower --confidence-threshold to see more.")
     say_what_failed(merged.failed)

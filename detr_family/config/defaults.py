@@ -260,6 +260,10 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # many iterations predictions are drawn beside ground truth, in TensorBoard and OUTPUT_DIR/vis.)
     cfg.VIS_REPORT = True
 
+    # Loggers that a training writes to beside TensorBoard and metrics.json: "wandb", "mlflow", "clearml". Where to and
+    # how is for their own environment variables (docs/watching.md).
+    cfg.LOGGERS = []
+
     # How the sides of a resized image become whole pixels, in training, evaluation and prediction alike: "detectron2"
     # rounds both; "detr", as the papers' releases, cuts off the longer side's fraction and rounds the shorter side
     # where MAX_SIZE limits the longer.

@@ -15,6 +15,7 @@ from detectron2.engine.hooks import CallbackHook, EvalHook
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.optim import Optimizer
 
@@ -33,6 +34,7 @@ from detr_family.engine.averaging import WeightAverage
 from detr_family.engine.best import EarlyStop, KeepBest, keeping_hooks, remember_checkpoints
 from detr_family.engine.instability import build_instability_hook
 from detr_family.engine.loader import InParts, TrainLoader
+from detr_family.engine.loggers import build_loggers, check_loggers
 from detr_family.engine.optimizer import build_optimizer, clips_full_model
 from detr_family.engine.randomness import run_seed
 from detr_family.engine.schedule import iterations_from_epochs
@@ -74,6 +76,7 @@ class Trainer(DefaultTrainer):
         own = {"SOLVER": "build_optimizer", "INPUT": "build_train_loader", "TEST": "build_evaluator"}
         warn_of_ignored(cfg, [group for group, method in own.items() if self._overrides(method)])
         check_dataset_names(cfg)
+        check_loggers(cfg)
         cfg = _registered(cfg)
         parts = parts_of_step(cfg, comm.get_world_size())
         check_class_count(cfg)
@@ -153,6 +156,10 @@ class Trainer(DefaultTrainer):
             after_evaluation = 1 + max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
             hooks.insert(after_evaluation, EvalHook(self.cfg.TEST.EVAL_PERIOD, self.test_average))
         return watching_hooks(self.cfg, keeping_hooks(self.cfg, hooks, self.checkpointer))
+
+    def build_writers(self) -> list[EventWriter]:
+        """Those of LOGGERS and Detectron2's."""
+        return [*build_loggers(self.cfg), *super().build_writers()]
 
     def before_train(self) -> None:
         """The hooks'; a run that had stopped early does not go on."""
@@ -301,9 +308,7 @@ class Trainer(DefaultTrainer):
         recipe = _recipe(self.cfg)
         for key in sorted(before.keys() & recipe.keys()):
             if before[key] != recipe[key]:
-                _logger.warning(
-                    "%s was %s in the checkpoint and is %s from here on", key, before[key], recipe[key]
-                )
+                _logger.warning("%s was %s in the checkpoint and is %s from here on", key, before[key], recipe[key])
         if not isinstance(self.scheduler, LRMultiplier):
             _logger.warning("The learning rate of %s goes on as in the checkpoint", type(self.scheduler).__name__)
 

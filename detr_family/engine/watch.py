@@ -25,6 +25,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from detr_family.engine.loggers import LoggerHook, RunLogger
 from detr_family.inference.predictor import Predictor
 from detr_family.visualization.curves import write_csv, write_curves
 from detr_family.visualization.draw import draw_comparison, read_metrics
@@ -36,7 +37,8 @@ _logger = logging.getLogger(__name__)
 
 
 def watching_hooks(cfg: CfgNode, hooks: Sequence[HookBase]) -> list[HookBase]:
-    """The hooks of a run with those that watch it in their places: drawings before the writers, the page after.
+    """The hooks of a run with those that watch it in their places: drawings before the writers, the page
+    after, and the end of loggers.
 
     Args:
         cfg: reads VIS_PERIOD, VIS_REPORT and what is to be seen.
@@ -49,6 +51,9 @@ def watching_hooks(cfg: CfgNode, hooks: Sequence[HookBase]) -> list[HookBase]:
         places = [i for i, hook in enumerate(result) if isinstance(hook, PeriodicWriter)]
         result.insert(places[0] if places else len(result), PredictionDrawer(cfg))
     result.append(RunWriter(cfg))
+    writers = [writer for hook in result if isinstance(hook, PeriodicWriter) for writer in hook._writers]
+    if loggers := [writer for writer in writers if isinstance(writer, RunLogger)]:
+        result.append(LoggerHook(loggers))
     return result
 
 

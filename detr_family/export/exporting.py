@@ -156,9 +156,7 @@ def check_exported(
     return result
 
 
-def _check_request(
-    format: str, path: Path, size: tuple[int, int], batch: int, precision: str, device: str
-) -> None:
+def _check_request(format: str, path: Path, size: tuple[int, int], batch: int, precision: str, device: str) -> None:
     if format not in SUFFIX:
         raise UserError(f"there is no export to {format!r}; there is one to {', '.join(SUFFIX)}")
     if path.suffix != SUFFIX[format]:

@@ -130,9 +130,7 @@ def write_openvino(onnx_file: Path, path: Path, about: dict[str, Any], *, half: 
     openvino.save_model(model, str(path), compress_to_fp16=half)
 
 
-def write_torchscript(
-    graph: DetectionGraph, inputs: tuple[Tensor, ...], path: Path, about: dict[str, Any]
-) -> None:
+def write_torchscript(graph: DetectionGraph, inputs: tuple[Tensor, ...], path: Path, about: dict[str, Any]) -> None:
     """A traced TorchScript file, through Detectron2's TracingAdapter."""
     from detectron2.export import TracingAdapter
 

@@ -59,9 +59,7 @@ class ExportedDetector(nn.Module):
         UserError: the runtime is not installed, or the file was not written by `export_model`.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, input_format: str = "RGB", threads: int | None = None
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, input_format: str = "RGB", threads: int | None = None) -> None:
         super().__init__()
         path = Path(path)
         if not path.is_file():

@@ -130,9 +130,7 @@ def _prepared_conv(conv: Any, dtype: torch.dtype, relu: bool = False) -> Prepare
         shift = norm.bias - norm.running_mean * scale
         weight = weight * scale[:, None, None, None]
         bias = shift if bias is None else bias * scale + shift
-    return PreparedConv2d(
-        weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, relu=relu, dtype=dtype
-    )
+    return PreparedConv2d(weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, relu=relu, dtype=dtype)
 
 
 # What predicts classes and boxes: few operations, whose rounding is seen.

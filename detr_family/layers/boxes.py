@@ -25,9 +25,7 @@ def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
     inter = torch.min(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:]) - torch.max(
         boxes1_xyxy[..., :2], boxes2_xyxy[..., :2]
     )
-    hull = torch.max(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:]) - torch.min(
-        boxes1_xyxy[..., :2], boxes2_xyxy[..., :2]
-    )
+    hull = torch.max(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:]) - torch.min(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
     inter_area = inter.clamp(min=0).prod(-1)
     hull_area = hull.clamp(min=0).prod(-1)
     area1 = (boxes1_xyxy[..., 2:] - boxes1_xyxy[..., :2]).prod(-1)

@@ -246,9 +246,7 @@ def _fused(
     if differentiable or _use_torch(value):
         shapes = _as_tensor(spatial_shapes, value.device)
         locations, weights = fused_inputs(shapes, reference_points, sampling_offsets, attention_logits)
-        return ms_deform_attn(
-            value, spatial_shapes, level_start_index, locations, weights, deterministic=deterministic
-        )
+        return ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights, deterministic=deterministic)
     levels = _check_value(value, spatial_shapes, level_start_index)
     batch, queries = reference_points.shape[:2]
     shape = (batch, queries, value.shape[2], levels, sampling_offsets.shape[4])
@@ -280,9 +278,7 @@ class MSDeformAttn(nn.Module):
     ) -> None:
         super().__init__()
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"MSDeformAttn: embed_dim must be a multiple of num_heads, not {embed_dim} of {num_heads}"
-            )
+            raise ValueError(f"MSDeformAttn: embed_dim must be a multiple of num_heads, not {embed_dim} of {num_heads}")
         if num_levels < 1 or num_points < 1:
             raise ValueError(
                 f"MSDeformAttn: num_levels and num_points must be positive, not {num_levels} and {num_points}"
@@ -375,7 +371,5 @@ class MSDeformAttn(nn.Module):
         value = value.unflatten(-1, (self.num_heads, -1))  # B x S x M x D
         offsets = self.sampling_offsets(query).view(batch, queries, self.num_heads, levels, points, 2)
         logits = self.attention_weights(query).view(batch, queries, self.num_heads, levels, points)
-        output = _fused(
-            value, spatial_shapes, level_start_index, reference_points, offsets, logits, self.deterministic
-        )
+        output = _fused(value, spatial_shapes, level_start_index, reference_points, offsets, logits, self.deterministic)
         return self.output_proj(output)  # B x Q x C

@@ -37,10 +37,7 @@ REBUILD = "pip install -e . --no-build-isolation (it prints what it misses)"
 
 _INPUTS = "Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
 _PLAIN = _INPUTS + "Tensor sampling_locations, Tensor attention_weights, bool deterministic=False"
-_FUSED = (
-    _INPUTS
-    + "Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, bool deterministic=False"
-)
+_FUSED = _INPUTS + "Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, bool deterministic=False"
 _library = torch.library.Library("detr_family", "FRAGMENT")
 for _name, _arguments in (("ms_deform_attn", _PLAIN), ("ms_deform_attn_fused", _FUSED)):
     _library.define(f"{_name}_forward({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -160,9 +157,7 @@ def describe() -> dict[str, str]:
         "ms_deform_attn on CPU": (
             f"native, {cpu} of {platform.machine()}" if cpu else f"pure torch: {_loaded['cpu'][1]}"
         ),
-        "ms_deform_attn on CUDA": (
-            f"native, built for {arches}" if arches else f"pure torch: {_loaded['cuda'][1]}"
-        ),
+        "ms_deform_attn on CUDA": (f"native, built for {arches}" if arches else f"pure torch: {_loaded['cuda'][1]}"),
     }
 
 

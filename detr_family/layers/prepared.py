@@ -73,9 +73,7 @@ class PreparedLinear(_Prepared):
         """(..., in_features) -> (..., out_features)."""
         if not x.numel():
             return x.new_zeros((*x.shape[:-1], self.out_features), dtype=self.dtype)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x.to(self.dtype), self.packed, self.bias, self.unary, [], ""
-        )
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, self.unary, [], "")
         return y
 
 

@@ -68,9 +68,7 @@ PUBLISHED: dict[str, Published] = {
     ),
     "dab_detr_r101": Published((43.5, 63.9, 46.6, 23.6, 47.3, 61.5), 50, 174, 63, why=_R101),
     "dab_detr_r101_dc5": Published((45.8, 65.9, 49.3, 27.0, 49.8, 63.8), 50, 282, 63, why=_R101),
-    "dn_detr_r50": Published(
-        (44.1, 64.4, 46.7, 22.9, 48.0, 63.4), 50, 94, 44, "R50, checkpoint.pth", released=44.4
-    ),
+    "dn_detr_r50": Published((44.1, 64.4, 46.7, 22.9, 48.0, 63.4), 50, 94, 44, "R50, checkpoint.pth", released=44.4),
     "dn_detr_r101": Published((45.2, 65.5, 48.3, 24.1, 49.1, 65.1), 50, 174, 63, why=_R101),
     "dn_detr_r50_dc5": Published((46.3, 66.4, 49.7, 26.7, 50.0, 64.3), 50, 202, 44, "R50-DC5, checkpoint.pth"),
     "dn_detr_r101_dc5": Published((47.3, 67.5, 50.8, 28.6, 51.5, 65.0), 50, 282, 63, why=_R101),

@@ -299,9 +299,7 @@ class ConditionalDecoderLayer(nn.Module):
         p_q, p_k = self.ca_qpos_sine_proj(spatial_query), self.ca_kpos_proj(memory_position)
         if self.ca_qpos_proj is not None:
             q, k = q + self.ca_qpos_proj(object_queries), k + p_k
-        return self.cross_attn(
-            self.beside(q, p_q), self.beside(k, p_k), self.ca_v_proj(memory), padding=padding
-        )
+        return self.cross_attn(self.beside(q, p_q), self.beside(k, p_k), self.ca_v_proj(memory), padding=padding)
 
     def beside(self, content: Tensor, position: Tensor) -> Tensor:
         """Concatenate within each head: two (B, S, D) -> (B, S, 2 D)."""

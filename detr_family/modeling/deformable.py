@@ -95,9 +95,7 @@ class Levels:
             that is no padding and whose box has centre and size within (0.01, 0.99). Where it may not, the box is
             infinite.
         """
-        size = torch.cat(
-            [self.centres.new_full((h * w,), 0.05 * 2.0**i) for i, (h, w) in enumerate(self.shapes)]
-        )
+        size = torch.cat([self.centres.new_full((h * w,), 0.05 * 2.0**i) for i, (h, w) in enumerate(self.shapes)])
         boxes = torch.cat([self.centres, size[:, None].expand(self.centres.shape[0], -1, 2)], -1)  # B x S x 4
         usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
         if self.padding is not None:
@@ -312,9 +310,7 @@ class DeformableEncoderLayer(nn.Module):
         activation: nn.Module,
     ) -> None:
         super().__init__()
-        self.self_attn = MSDeformAttn(
-            embed_dim=dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
-        )
+        self.self_attn = MSDeformAttn(embed_dim=dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points)
         self.norm1 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, feedforward_dim)
         self.linear2 = nn.Linear(feedforward_dim, dim)
@@ -369,9 +365,7 @@ class DeformableDecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
         self.norm2 = nn.LayerNorm(dim)
-        self.cross_attn = MSDeformAttn(
-            embed_dim=dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
-        )
+        self.cross_attn = MSDeformAttn(embed_dim=dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points)
         self.norm1 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, feedforward_dim)
         self.linear2 = nn.Linear(feedforward_dim, dim)
@@ -406,17 +400,13 @@ class DeformableDecoderLayer(nn.Module):
         q = k = content + position
         seen = self.self_attn(q, k, content, attn_mask=blocked, need_weights=False)[0]
         content = self.norm2(content + self.dropout(seen))
-        seen = self.cross_attn(
-            content + position, reference, memory, levels.shapes, levels.starts, levels.padding
-        )
+        seen = self.cross_attn(content + position, reference, memory, levels.shapes, levels.starts, levels.padding)
         content = self.norm1(content + self.dropout(seen))
         hidden = self.dropout(self.activation(self.linear1(content)))
         return self.norm3(content + self.dropout(self.linear2(hidden)))
 
 
-def encoder_of(
-    count: int, *, num_levels: int, num_points: int, **layer: Unpack[LayerArguments]
-) -> DeformableEncoder:
+def encoder_of(count: int, *, num_levels: int, num_points: int, **layer: Unpack[LayerArguments]) -> DeformableEncoder:
     """An encoder of `count` layers with ReLU, see `DeformableEncoderLayer`."""
     return DeformableEncoder(
         [

@@ -216,9 +216,7 @@ class Transformer(nn.Module):
             content, at_queries = queries, None
         else:
             content, at_queries = torch.zeros_like(queries), queries
-        return self.decoder(
-            content, memory, query_position=at_queries, memory_position=at_decoder, padding=padding
-        )
+        return self.decoder(content, memory, query_position=at_queries, memory_position=at_decoder, padding=padding)
 
 
 def with_position(x: Tensor, position: Tensor | None) -> Tensor:

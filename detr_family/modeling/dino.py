@@ -227,8 +227,13 @@ class DINO(SetDetector):
         assert isinstance(prediction, DINOPrediction)
         first = 0 if self.aux_loss else -1
         sets, denoised, proposals = prediction.layers(first), prediction.denoised, prediction.proposals
-        together = sets if proposals is None else SetPrediction(
-            torch.cat([sets.layer_logits, proposals.layer_logits]), torch.cat([sets.layer_boxes, proposals.layer_boxes])
+        together = (
+            sets
+            if proposals is None
+            else SetPrediction(
+                torch.cat([sets.layer_logits, proposals.layer_logits]),
+                torch.cat([sets.layer_boxes, proposals.layer_boxes]),
+            )
         )
         matched = self.matcher(together, targets)
         count = len(sets.layer_logits)

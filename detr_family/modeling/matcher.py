@@ -70,9 +70,7 @@ class HungarianMatcher:
         ValueError: all three weights are zero.
     """
 
-    def __init__(
-        self, *, class_cost: ClassCost, cost_class: float, cost_l1: float, cost_giou: float
-    ) -> None:
+    def __init__(self, *, class_cost: ClassCost, cost_class: float, cost_l1: float, cost_giou: float) -> None:
         if cost_class == cost_l1 == cost_giou == 0:
             raise ValueError("the matching needs a cost: MODEL.DETR.COST.CLASS, L1 and GIOU are all 0")
         self.class_cost = class_cost
@@ -86,9 +84,7 @@ class HungarianMatcher:
         with torch.autocast(prediction.layer_logits.device.type, enabled=False):
             boxes = prediction.layer_boxes.float()[:, targets.image]  # N x T x Q x 4
             truth = targets.boxes_cxcywh[:, None]  # T x 1 x 4
-            cost = self.cost_class * self.class_cost(
-                prediction.layer_logits.float(), targets.image, targets.labels
-            )
+            cost = self.cost_class * self.class_cost(prediction.layer_logits.float(), targets.image, targets.labels)
             cost = cost + self.cost_l1 * (boxes - truth).abs().sum(-1)
             return cost - self.cost_giou * generalized_iou(
                 box_convert(boxes, "cxcywh", "xyxy"), box_convert(truth, "cxcywh", "xyxy")

@@ -77,7 +77,5 @@ def to_instances(
     for i, (height, width) in enumerate(image_sizes):
         pixels = Boxes(boxes_xyxy[i].clone())
         pixels.scale(width, height)
-        results.append(
-            Instances((height, width), pred_boxes=pixels, scores=scores[i], pred_classes=classes[i])
-        )
+        results.append(Instances((height, width), pred_boxes=pixels, scores=scores[i], pred_classes=classes[i]))
     return results

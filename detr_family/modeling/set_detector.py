@@ -323,7 +323,7 @@ class SetDetector(nn.Module):
         bare = next((x for x in batched_inputs if "instances" not in x), None)
         if bare is not None:
             raise ValueError(
-                f"{bare.get('file_name', 'an image')} comes without ground truth (no \"instances\"): losses need a "
+                f'{bare.get("file_name", "an image")} comes without ground truth (no "instances"): losses need a '
                 "mapper for training (DETRDatasetMapper(cfg, is_train=True)), predictions a model in evaluation mode "
                 "(model.eval())"
             )

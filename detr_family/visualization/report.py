@@ -93,7 +93,7 @@ def write_report(output_dir: str | os.PathLike[str], cfg: CfgNode | None = None)
         ("summary", "Summary", lambda: _summary(cfg, metrics, final)),
         ("curves", "Curves", lambda: _curves(metrics)),
         *_evaluations(cfg, final),
-        ("settings", "Settings", lambda: {"rows": _settings(cfg)}),
+        ("settings", "Settings", lambda: {"rows": changed_settings(cfg)}),
         ("environment", "Environment", lambda: {"rows": list(collect_env().items())}),
     ]
     sections = [_section(*part) for part in parts]
@@ -345,7 +345,7 @@ def _boxes(boxes: Sequence[Sequence[float]], factor: float) -> Boxes:
     return Boxes(array)
 
 
-def _settings(cfg: CfgNode) -> list[tuple[str, str, str]]:
+def changed_settings(cfg: CfgNode) -> list[tuple[str, str, str]]:
     """Key, value and default of what differs from the defaults of Detectron2 and detr_family."""
     here, default = _flat(cfg), _flat(load_config("", ["MODEL.DEVICE", cfg.MODEL.DEVICE]))
     return [(key, value, default.get(key, "–")) for key, value in here.items() if value != default.get(key)]

@@ -92,9 +92,7 @@ def build_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 def _pyramid(cfg: CfgNode, backbone: Backbone) -> Backbone:
     pyramid = cfg.MODEL.PYRAMID
-    return _vit().simple_feature_pyramid(
-        backbone, scales=pyramid.SCALES, channels=pyramid.CHANNELS, norm=pyramid.NORM
-    )
+    return _vit().simple_feature_pyramid(backbone, scales=pyramid.SCALES, channels=pyramid.CHANNELS, norm=pyramid.NORM)
 
 
 def _vit() -> Any:
