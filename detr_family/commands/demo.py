@@ -26,7 +26,7 @@ from detr_family.config import load_config
 from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
-from detr_family.engine.processes import TORCHRUN, launch, meeting
+from detr_family.engine.processes import launch, meeting, under_torchrun
 from detr_family.errors import UserError
 from detr_family.inference.exported import is_exported
 from detr_family.inference.predictor import ImageSource, Predictor
@@ -284,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
 def command(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and do what it says, with torchrun's other processes if there are; the exit status."""
     args = parser().parse_args(arguments)
-    if not all(name in os.environ for name in TORCHRUN):
+    if not under_torchrun():
         return run(args)
     args.num_gpus = args.num_machines = 1  # the launcher's names
     launch(main, args)

@@ -23,7 +23,7 @@ from detr_family.config import load_config
 from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
-from detr_family.engine.processes import launch, meeting
+from detr_family.engine.processes import launch, meeting, under_torchrun
 from detr_family.errors import UserError, mistakes, require
 from detr_family.inference import journal
 from detr_family.inference.exported import is_exported
@@ -86,7 +86,7 @@ def command(arguments: Sequence[str] | None = None) -> int:
             args.modules = [module.__name__ for module in getattr(args, "import") or ()]
             setattr(args, "import", None)
             launch(main, args)
-            if args.shard or int(os.environ.get("RANK", 0)) > 0:
+            if args.shard or (under_torchrun() and int(os.environ["RANK"]) > 0):
                 return 0
         merged = journal.merge(args.output, args.parquet)
     except UserError as error:
@@ -97,7 +97,7 @@ def command(arguments: Sequence[str] | None = None) -> int:
     if merged.images and not merged.detections:
         print(f"The best score of all is {merged.best:.3f}: lower --confidence-threshold to see more.")
     say_what_failed(merged.failed)
-    return 1 if merged.failed and "WORLD_SIZE" not in os.environ else 0  # torchrun would report a crash
+    return 1 if merged.failed and not under_torchrun() else 0  # torchrun would report a crash
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -113,7 +113,9 @@ def _check(args: argparse.Namespace) -> None:
             f"--num-processes is {args.num_processes}, and there are {torch.cuda.device_count()} GPUs: each has one"
         )
     share_of(args.shard)
-    if args.shard and (args.num_processes > 1 or "WORLD_SIZE" in os.environ):
+    if args.num_processes > 1 and under_torchrun():
+        raise ValueError("torchrun starts the processes (--nproc-per-node): leave out --num-processes")
+    if args.shard and (args.num_processes > 1 or under_torchrun()):
         raise ValueError("--shard is for processes that you start one by one: without --num-processes and torchrun")
     if args.shard and args.restart:
         raise ValueError("--restart would delete what other shards found: delete the folder yourself before you start")

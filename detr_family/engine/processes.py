@@ -23,7 +23,7 @@ from torch.multiprocessing.spawn import ProcessException
 from detr_family.config.options import OptionsParser
 from detr_family.errors import UserError, message_of
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            if all(name in os.environ for name in TORCHRUN):
+            if under_torchrun():
                 _join(args)
                 run_and_leave(main, args)
             elif args.num_gpus * args.num_machines > 1:
@@ -77,6 +77,11 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
             if not messages:
                 raise
             _leave(messages[0].read_text(encoding="utf-8"))
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return all(name in os.environ for name in _TORCHRUN)
 
 
 def meeting() -> Callable[[], None]:

@@ -224,7 +224,7 @@ def test_torchruns_processes_draw_their_shares(folder: Path) -> None:
     assert demo(folder, folder / "images") == 1
     expected = {name: read(folder, name) for name in ("results.json", "images.json")}
     (folder / "out").rename(folder / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "demo.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "demo.py"]
     command += ["--config-file", str(folder / "config.yaml"), "--weights", str(folder / "weights.pth")]
     command += ["--import", "tiny"]
     command += ["--output", str(folder / "out"), "--confidence-threshold", "0", "--input", str(folder / "images")]
