@@ -161,8 +161,8 @@ def forms_of(case: Case, names: Sequence[str]) -> tuple[dict[str, Model], dict[s
     return models, missing
 
 
-def measure(case: Case, models: dict[str, Model], repeats: int) -> dict[str, float]:
-    """Median seconds of a pass of each form over the same images, in turn."""
+def measure(case: Case, models: dict[str, Model], repeats: int, cpu_time: bool = False) -> dict[str, float]:
+    """Median seconds of a pass of each form over the same images, in turn; on request the process's CPU time."""
     generator = torch.Generator().manual_seed(0)
     height, width = case.size
     batch = [
@@ -171,13 +171,13 @@ def measure(case: Case, models: dict[str, Model], repeats: int) -> dict[str, flo
     ]
     runs: dict[str, Run] = {name: functools.partial(model, batch) for name, model in models.items()}
     with torch.no_grad():
-        return time_on_cpu(runs, repeats, wall=True)
+        return time_on_cpu(runs, repeats, wall=not cpu_time)
 
 
-def report(config: str, case: Case, names: Sequence[str], repeats: int) -> list[str]:
+def report(config: str, case: Case, names: Sequence[str], repeats: int, cpu_time: bool) -> list[str]:
     """The lines of one detector: seconds of a pass, images a second, and how many times as fast as the first form."""
     models, missing = forms_of(case, names)
-    times = measure(case, models, repeats)
+    times = measure(case, models, repeats, cpu_time)
     first = next(iter(times.values()), 0.0)
     lines = [
         f"{config:28} {name:18} {seconds:9.3f} {case.batch / seconds:9.2f} {first / seconds:8.2f}x"
@@ -203,17 +203,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images of a pass: 1 for latency, more for throughput")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of the process, in place of the clock's: for a machine that is shared"
+    )
     add_import(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     height, width = args.size
-    print(f"{args.batch} image(s) of {height}x{width} a pass, {args.threads} thread(s), medians of {args.repeats},")
+    print(
+        f"{args.batch} image(s) of {height}x{width} a pass, {args.threads} thread(s), medians of {args.repeats}"
+        f"{' of CPU time' if args.cpu_time else ''},"
+    )
     print(f"float32 but for bfloat16; {platform.machine()}, {versions()}")
     print(f"{'':28} {'':18} {'seconds':>9} {'images/s':>9} {'times':>9}")
     for config in args.configs:
         with tempfile.TemporaryDirectory() as folder:
             case = built(config, (height, width), args.batch, args.threads, Path(folder))
-            for line in report(config, case, args.forms, args.repeats):
+            for line in report(config, case, args.forms, args.repeats, args.cpu_time):
                 print(line, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from detr_family.benchmarks.inference import built, forms_of, main, measure
 
+ROOT = Path(__file__).resolve().parents[2]
 LINE = r"(\S+) +(\S+) +[\d.]+ +[\d.]+ +[\d.]+x"
 
 
@@ -44,8 +46,11 @@ def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture, monkeypat
 def test_all_forms_of_detr_find_the_same(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("onnxruntime")
-    case = built("detr_r50", (96, 128), 2, 1, tmp_path)
-    names = ["eager", "torch_export", "onnx", "transformers", "transformers_onnx"]
+    detr = {"ENC_LAYERS": 1, "DEC_LAYERS": 1, "HIDDEN_DIM": 32, "NUM_HEADS": 4, "FEEDFORWARD_DIM": 48, "NUM_QUERIES": 9}
+    small = {"_BASE_": str(ROOT / "configs" / "detr_r50.yaml"), "MODEL": {"DETR": detr}}
+    (tmp_path / "small.yaml").write_text(json.dumps(small))
+    case = built(str(tmp_path / "small.yaml"), (96, 128), 2, 1, tmp_path)
+    names = ["eager", "onnx", "transformers", "transformers_onnx"]
     models, missing = forms_of(case, names)
     assert not missing
     times = measure(case, models, 1)
