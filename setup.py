@@ -55,6 +55,7 @@ setup(
         "parity": ["transformers>=4.40"],
         "onnx": ["onnx>=1.19", "onnxscript>=0.5", "onnxruntime>=1.22"],  # to export to ONNX, and to run such files
         "openvino": ["openvino>=2025.2", "onnx>=1.19", "onnxscript>=0.5"],  # the same for OpenVINO
+        "int8": ["nncf>=3.0", "openvino>=2025.2", "onnx>=1.19", "onnxscript>=0.5"],  # for --precision int8
         "hub": ["huggingface_hub>=0.30"],  # for hf:// addresses
         "timm": ["timm>=1.0.20"],  # for build_timm_backbone and build_vit_backbone
         "video": ["opencv-python-headless>=4.5"],  # for demo.py on videos

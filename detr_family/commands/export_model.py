@@ -14,12 +14,15 @@ from detr_family.config import load_config
 from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
+from detr_family.data.datasets.tree import Tree
 from detr_family.data.images import read_image
 from detr_family.engine import Trainer
 from detr_family.errors import UserError, mistakes
 from detr_family.export.exporting import PRECISIONS, SUFFIX, export_model
 from detr_family.inference.exported import ExportedDetector
 from detr_family.inference.predictor import Predictor
+
+_CALIBRATION = 100  # images that the ranges of activations are taken from
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +43,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument("--batch", type=int, default=1, help="the same for the number of images; by default 1")
     result.add_argument("--fixed", action="store_true", help="only this size and batch: what follows is constant")
-    result.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the weights (openvino)")
+    result.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the file (openvino)")
+    result.add_argument(
+        "--data", type=Path, metavar="DIR", help="for int8: a folder of images like those that it will see"
+    )
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for aoti: what it is compiled for")
     result.add_argument(
         "--plain", action="store_true", help="torch_export, aoti: no operator of ours, so that torch alone loads it"
@@ -79,6 +85,9 @@ def _export(args: argparse.Namespace) -> tuple[Predictor, Any, Path]:
     output = args.output or Path("output") / f"model{SUFFIX[args.format]}"
     cfg = load_config(args.config_file, args.opts)
     register_datasets(cfg)
+    if args.precision == "int8" and args.data is None:
+        raise UserError("--precision int8 needs images like those that it will see, to calibrate on: --data DIR")
+    calibration = calibration_images(args.data) if args.data else []
     images = [torch.from_numpy(read_image(name, "RGB").copy()).permute(2, 0, 1) for name in args.images]
     predictor = Predictor.from_config(cfg, args.weights)
     difference = export_model(
@@ -92,6 +101,7 @@ def _export(args: argparse.Namespace) -> tuple[Predictor, Any, Path]:
         device=args.device,
         native=False if args.plain else None,
         images=images,
+        calibration=calibration,
     )
     assert difference is not None
     print(
@@ -99,6 +109,19 @@ def _export(args: argparse.Namespace) -> tuple[Predictor, Any, Path]:
         f"{difference.score:.2g} of score and {difference.box:.2g} pixels"
     )
     return predictor, cfg, output
+
+
+def calibration_images(folder: Path, count: int = _CALIBRATION) -> list[torch.Tensor]:
+    """At most `count` images of a folder and those below it, spread over all of them: (3, H, W) uint8, RGB.
+
+    Raises:
+        UserError: there is none.
+    """
+    paths = Tree(folder).images if folder.is_dir() else []
+    if not paths:
+        raise UserError(f"--data {folder} has no images to calibrate on")
+    chosen = [paths[i * len(paths) // count] for i in range(count)] if len(paths) > count else paths
+    return [torch.from_numpy(read_image(str(path), "RGB").copy()).permute(2, 0, 1) for path in chosen]
 
 
 def beside(results: dict[str, dict[str, Any]]) -> str:

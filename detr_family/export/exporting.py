@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor
@@ -25,12 +26,12 @@ from detr_family.export.formats import (
 from detr_family.export.graph import DetectionGraph
 from detr_family.export.parity import BOX_BOUND, SCORE_BOUND, Difference, compare, sample_batches
 from detr_family.inference.exported import ExportedDetector
-from detr_family.inference.predictor import Predictor
+from detr_family.inference.predictor import Predictor, resized
 from detr_family.layers import deformable_attention_ops
 from detr_family.modeling.set_detector import SetDetector
 
 SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2", "openvino": ".xml", "torchscript": ".ts", "aoti": ".pt2"}
-PRECISIONS = ("float32", "float16")
+PRECISIONS = ("float32", "float16", "int8")
 
 _logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def export_model(
     device: str = "cpu",
     native: bool | None = None,
     images: Sequence[Tensor] = (),
+    calibration: Sequence[Tensor] = (),
     check: bool = True,
 ) -> Difference | None:
     """Write a detector as a file that runs without it, and compare the two.
@@ -65,7 +67,8 @@ def export_model(
         batch: images that it is tried with; with `dynamic=False` the only number that it takes.
         dynamic: leave number and size of the images open. False: everything that follows from them is constant, the
             file has no input `sizes`, and an image has to fill it.
-        precision: "float32", or for openvino "float16", of the weights in the file.
+        precision: "float32", or for openvino "float16", of the weights in the file, or "int8", of weights and
+            activations. With "int8" differences are told and not bounded: only an evaluation shows what it costs.
         weights: where `model` is a configuration: the checkpoint, by default its MODEL.WEIGHTS.
         opts: where it is a file or name: KEY, VALUE, KEY, VALUE ...
         input_format: where it is a detector: the channel order that it was trained with; "RGB" by default.
@@ -74,6 +77,7 @@ def export_model(
         native: for torch_export and aoti: keep deformable attention as this package's operator, which is faster, and
             which whoever loads the file has to import. None: where it is built here. The others never hold it.
         images: (3, H, W) uint8, RGB, to compare on; by default some are drawn.
+        calibration: (3, H, W) uint8, RGB, for int8: some hundred images like those that it will see.
         check: compare.
 
     Returns:
@@ -85,7 +89,7 @@ def export_model(
             score 0.1 or more. The file is then removed.
     """
     path = Path(output)
-    _check_request(format, path, size, batch, precision, device)
+    _check_request(format, path, size, batch, precision, device, len(calibration))
     predictor = _predictor(model, weights, opts, input_format, class_names)
     detector: Any = predictor.model
     if native is None:
@@ -107,7 +111,8 @@ def export_model(
             with tempfile.TemporaryDirectory() as folder:
                 onnx_file = Path(folder) / "model.onnx"
                 write_onnx(program, onnx_file, about, optional_sizes=False)
-                write_openvino(onnx_file, path, about, half=precision == "float16")
+                ranges = _calibration(predictor, calibration, about) if precision == "int8" else []
+                write_openvino(onnx_file, path, about, half=precision == "float16", calibration=ranges)
         elif format == "torch_export":
             write_torch_export(program, path, about)
         else:
@@ -144,6 +149,8 @@ def check_exported(
     if flip:
         batches = [[{**x, "image": x["image"].flip(0)} for x in batch] for batch in batches]
     result = compare(predictor.model, exported, batches)
+    if precision == "int8" and result.compared:
+        return result
     # Rounding the weights to 16 bits is what was asked for; the differences are told, and gross ones refused.
     looser = 50.0 if precision == "float16" else 1.0
     if not result.within(looser * SCORE_BOUND, looser * BOX_BOUND):
@@ -156,15 +163,21 @@ def check_exported(
     return result
 
 
-def _check_request(format: str, path: Path, size: tuple[int, int], batch: int, precision: str, device: str) -> None:
+def _check_request(
+    format: str, path: Path, size: tuple[int, int], batch: int, precision: str, device: str, calibration: int
+) -> None:
     if format not in SUFFIX:
         raise UserError(f"there is no export to {format!r}; there is one to {', '.join(SUFFIX)}")
     if path.suffix != SUFFIX[format]:
         raise UserError(f"{path} must end in {SUFFIX[format]}, which tells what it is when it is opened")
     if min(size) < 1 or batch < 1:
         raise UserError(f"size {size[0]}x{size[1]} and batch {batch} must be at least 1")
-    if precision not in PRECISIONS or (precision == "float16" and format != "openvino"):
-        raise UserError(f"precision is {precision!r}; it may be 'float32', or for openvino 'float16'")
+    if precision not in PRECISIONS or (precision != "float32" and format != "openvino"):
+        raise UserError(f"precision is {precision!r}; it may be 'float32', or for openvino 'float16' or 'int8'")
+    if precision == "int8":
+        if not calibration:
+            raise UserError("int8 needs images like those that it will see, to calibrate on: --data DIR")
+        require("nncf", "int8")
     if device not in ("cpu", "cuda") or (device == "cuda" and format != "aoti"):
         raise UserError(f"device is {device!r}; it may be 'cpu', or for aoti 'cuda': the other files run on any")
     if device == "cuda" and not torch.cuda.is_available():
@@ -215,6 +228,23 @@ def _about(predictor: Predictor, size: tuple[int, int], batch: int, dynamic: boo
         "least_size": [1, 1],
         "torch": torch.__version__,
     }
+
+
+def _calibration(predictor: Predictor, images: Sequence[Tensor], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Images (3, H, W) uint8, RGB, as the file's inputs by name, resized as the predictor does."""
+    inputs = []
+    for image in images:
+        pixels = resized(image.permute(1, 2, 0).numpy(), predictor.resize, "RGB")
+        if about["size"]:
+            stretched = torch.nn.functional.interpolate(
+                torch.from_numpy(pixels)[None].float(), about["size"], mode="bilinear", antialias=True
+            )
+            pixels = stretched[0].round().byte().numpy()
+        entry = {"images": pixels[None].repeat(about["batch"] or 1, 0)}
+        if not about["size"]:
+            entry["sizes"] = np.array([pixels.shape[1:]])
+        inputs.append(entry)
+    return inputs
 
 
 def _least_size(program: Any, size: tuple[int, int], dynamic: bool) -> list[int]:

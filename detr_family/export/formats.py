@@ -10,7 +10,7 @@ import importlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,9 @@ def _give_default(onnx: Any, model: Any) -> None:
     graph.node.extend([*first, *rest])
 
 
-def write_openvino(onnx_file: Path, path: Path, about: dict[str, Any], *, half: bool) -> None:
+def write_openvino(
+    onnx_file: Path, path: Path, about: dict[str, Any], *, half: bool, calibration: Sequence[dict[str, Any]] = ()
+) -> None:
     """OpenVINO's IR: `path` (.xml) and the weights beside it (.bin).
 
     Args:
@@ -123,9 +125,21 @@ def write_openvino(onnx_file: Path, path: Path, about: dict[str, Any], *, half: 
         path: of the .xml file.
         about: goes into the file's runtime information.
         half: keep the weights in float16; what is computed with is the device's choice.
+        calibration: inputs by name. Where there are any, weights and activations of convolutions and products become
+            8 bits, by NNCF; the activations' ranges are those of these inputs.
     """
     openvino = require("openvino", "openvino")
     model = openvino.convert_model(str(onnx_file))
+    if calibration:
+        nncf = require("nncf", "int8")
+        with _quiet():
+            model = nncf.quantize(
+                model,
+                nncf.Dataset(calibration),
+                model_type=nncf.ModelType.TRANSFORMER,  # softmax and layer norms stay as they are
+                preset=nncf.QuantizationPreset.MIXED,  # activations after ReLU from 0 on
+                subset_size=len(calibration),
+            )
     model.set_rt_info(json.dumps(about), [ABOUT])
     openvino.save_model(model, str(path), compress_to_fp16=half)
 
