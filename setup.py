@@ -63,6 +63,7 @@ setup(
         "wandb": ["wandb>=0.17"],  # LOGGERS, each by its name
         "mlflow": ["mlflow-skinny>=2.14"],
         "clearml": ["clearml>=1.16"],
+        "fast-eval": ["faster-coco-eval>=1.6"],  # for evaluations many times as fast
         "lint": ["ruff>=0.6", "mypy>=1.10"],
     },
 )

@@ -222,6 +222,9 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # The most detections of an image that count in COCO's AP and AR (the protocol's 100). Where an image has more
     # objects, the evaluation warns and gives AP without the limit beside it.
     cfg.TEST.EVAL_DETECTIONS = 100
+    # What computes COCO's AP and AR: "faster-coco-eval", "detectron2" (its compiled form) or "pycocotools"; "": the
+    # first of these that is installed. The figures are the same.
+    cfg.TEST.COCO_EVALUATION = ""
     # Detectron2's TEST.AUG (ENABLED, MIN_SIZES, MAX_SIZE, FLIP) is test-time augmentation in every evaluation, in
     # Predictor and in the demo. How the views' boxes of one class are merged: "wbf", weighted boxes fusion (arXiv
     # 1910.13302), or "nms".

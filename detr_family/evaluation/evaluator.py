@@ -19,9 +19,9 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
-from pycocotools.cocoeval import COCOeval
 
 from detr_family.data.datasets.coco import CocoFormatMetadata
+from detr_family.evaluation.coco_protocol import OFFICIAL, find_implementation, used_by_detectron2
 
 _logger = logging.getLogger(__name__)
 
@@ -35,19 +35,20 @@ def build_evaluator(cfg: CfgNode, name: str, output_dir: str | None = None) -> D
         output_dir: where coco_instances_results.json goes; by default `inference_folder`.
 
     Raises:
-        ValueError: no evaluator for this kind of dataset, its annotation file is at fault, or TEST.EVAL_DETECTIONS is
-            below 10.
+        ValueError: no evaluator for this kind of dataset, its annotation file is at fault, TEST.EVAL_DETECTIONS is
+            below 10, or TEST.COCO_EVALUATION is not installed.
     """
     output_dir = output_dir or inference_folder(cfg, name)
     metadata = MetadataCatalog.get(name)
     limit = cfg.TEST.get("EVAL_DETECTIONS", 100)  # a configuration of Detectron2's alone will do
     if limit < 10:
         raise ValueError(f"TEST.EVAL_DETECTIONS is {limit}; it must be at least 10 (COCO's AR1 and AR10 are given too)")
+    chosen = cfg.TEST.get("COCO_EVALUATION", "")
     if isinstance(metadata, CocoFormatMetadata):
-        return CocoFormatEvaluator(name, output_dir, max_detections=limit)
+        return CocoFormatEvaluator(name, output_dir, max_detections=limit, implementation=chosen)
     kind = metadata.get("evaluator_type")
     if kind in (None, "coco", "coco_panoptic_seg"):
-        return BoxEvaluator(name, output_dir=output_dir, max_detections=limit)
+        return BoxEvaluator(name, output_dir=output_dir, max_detections=limit, implementation=chosen)
     if kind == "lvis":
         return LVISEvaluator(name, tasks=("bbox",), output_dir=output_dir)
     if kind == "pascal_voc":
@@ -72,19 +73,33 @@ class BoxEvaluator(COCOEvaluator):
         output_dir: where coco_instances_results.json goes; None writes nothing.
         distributed: whether to collect predictions from all processes.
         max_detections: of an image that count, at least 10.
+        implementation: see `coco_protocol`; "" takes the fastest. One of other than 100 detections is pycocotools' in
+            Detectron2.
     """
 
     def __init__(
-        self, dataset_name: str, output_dir: str | None, distributed: bool = True, max_detections: int = 100
+        self,
+        dataset_name: str,
+        output_dir: str | None,
+        distributed: bool = True,
+        max_detections: int = 100,
+        implementation: str = "",
     ) -> None:
+        name, self._implementation = find_implementation(implementation)
         super().__init__(
             dataset_name,
             tasks=("bbox",),
             distributed=distributed,
             output_dir=output_dir,
             max_dets_per_image=max_detections,
+            use_fast_impl=False,
         )
         self._limit = max_detections
+        self._use_fast_impl = name != OFFICIAL
+
+    def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
+        with used_by_detectron2(self._implementation):
+            super()._eval_predictions(predictions, img_ids)
 
     def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: Any = None) -> dict[str, float]:
         results: dict[str, float] = super()._derive_coco_results(coco_eval, iou_type, class_names)
@@ -108,7 +123,7 @@ class BoxEvaluator(COCOEvaluator):
         )  # fmt: skip
         if most <= self._limit:
             return {}
-        wider = COCOeval(coco_eval.cocoGt, coco_eval.cocoDt, "bbox")
+        wider = self._implementation(coco_eval.cocoGt, coco_eval.cocoDt, "bbox")
         wider.params.imgIds = coco_eval.params.imgIds
         wider.params.maxDets = [most]
         wider.params.areaRng, wider.params.areaRngLbl = wider.params.areaRng[:1], wider.params.areaRngLbl[:1]
@@ -127,7 +142,12 @@ class CocoFormatEvaluator(BoxEvaluator):
     """
 
     def __init__(
-        self, dataset_name: str, output_dir: str | None, distributed: bool = True, max_detections: int = 100
+        self,
+        dataset_name: str,
+        output_dir: str | None,
+        distributed: bool = True,
+        max_detections: int = 100,
+        implementation: str = "",
     ) -> None:
         """See class.
 
@@ -136,6 +156,7 @@ class CocoFormatEvaluator(BoxEvaluator):
             output_dir: where coco_instances_results.json goes; None writes nothing.
             distributed: whether to collect predictions from all ranks.
             max_detections: see BoxEvaluator.
+            implementation: see BoxEvaluator.
         """
         known = MetadataCatalog.get(dataset_name)
         # The base class takes the annotation file from the catalog: it is shown a passing entry.
@@ -146,7 +167,7 @@ class CocoFormatEvaluator(BoxEvaluator):
                 json.dump(completed_annotations(dataset_name), file)
             MetadataCatalog[entry] = type(known)(**{**known.as_dict(), "json_file": json_file})
             try:
-                super().__init__(entry, output_dir, distributed, max_detections)
+                super().__init__(entry, output_dir, distributed, max_detections, implementation)
             finally:
                 MetadataCatalog.pop(entry)
         self._metadata = known

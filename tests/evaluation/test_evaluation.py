@@ -25,6 +25,7 @@ from pycocotools.cocoeval import COCOeval
 from detr_family import add_detr_family_config
 from detr_family.data import register_coco_format
 from detr_family.data.dataset_mapper import build_test_loader
+from detr_family.evaluation import coco_protocol
 from detr_family.evaluation.evaluator import CocoFormatEvaluator, build_evaluator, inference_folder
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_eval_ref"
@@ -118,14 +119,18 @@ def test_evaluation_without_one_box(coco_folder):
     assert math.isnan(predict_truth("none", evaluator_for("none", coco_folder))["bbox"]["AP"])
 
 
+@pytest.mark.parametrize("implementation", ["pycocotools", "faster-coco-eval"])
 @pytest.mark.parametrize("limit", [10, 100])
-def test_more_objects_than_count_are_told_and_counted_beside(coco_folder, limit, caplog):
+def test_more_objects_than_count_are_told_and_counted_beside(coco_folder, limit, implementation, caplog):
+    if implementation not in coco_protocol.implementations():
+        pytest.skip("needs faster-coco-eval (make setup EXTRAS=loggers)")
     boxes = [[x, y, 4, 4] for x in range(0, 45, 5) for y in range(0, 35, 5)]  # 63
     annotations = [{"id": i, "image_id": 21, "category_id": 7, "bbox": box, "area": 16} for i, box in enumerate(boxes)]
     register_coco_format("crowded", write(coco_folder, {"annotations": annotations}), str(coco_folder))
     cfg = get_cfg()
     add_detr_family_config(cfg)
     cfg.OUTPUT_DIR, cfg.TEST.EVAL_DETECTIONS = str(coco_folder / "out"), limit
+    cfg.TEST.COCO_EVALUATION = implementation
     results = predict_truth("crowded", build_evaluator(cfg, "crowded"))["bbox"]
     if limit == 100:
         assert results["AP"] == pytest.approx(100) and "AP@63" not in results and not caplog.records
