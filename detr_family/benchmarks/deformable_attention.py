@@ -164,6 +164,28 @@ def prepare(forward: Forward, raw: bool, inputs: Inputs, backward: bool) -> Run:
     return lambda: torch.autograd.grad(forward(own), leaves, own.grad_output)
 
 
+def with_variants(runs: dict[str, Run], backward: bool) -> dict[str, Run]:
+    """The same, and beside each of the CUDA operator's forms those by its variants that change something."""
+    variants = [["heads"], ["combine"], ["combine", "heads"]] if backward else [["heads"]]
+    found: dict[str, Run] = {}
+    for name, run in runs.items():
+        found[name] = run
+        if name in ("detr_family", "detr_family fused"):
+            for chosen in variants:
+                found[f"{name}, {' + '.join(chosen)}"] = by_variants(run, *chosen)
+    return found
+
+
+def by_variants(run: Run, *chosen: str) -> Run:
+    """The call with these variants of the kernels; captured in a graph, they stay there."""
+
+    def chosen_run() -> object:
+        with ops.cuda_variants(*chosen):
+            return run()
+
+    return chosen_run
+
+
 def time_on_cuda(runs: dict[str, Run], repeats: int, calls: int = 20) -> dict[str, float]:
     """Median seconds per call, of a replayed graph where that can be captured."""
     steps: dict[str, Run] = {}
@@ -209,6 +231,8 @@ def print_tables(arguments: argparse.Namespace) -> None:
             inputs = make_inputs(name, arguments.batch, DTYPES[arguments.dtype], arguments.device)
             chosen = contestants(inputs)
             runs = {key: prepare(forward, raw, inputs, backward) for key, (forward, raw) in chosen.items()}
+            if arguments.device == "cuda" and name == "encoder":  # where the queries are the tokens
+                runs = with_variants(runs, backward)
             title = f"{name} {'forward + backward' if backward else 'forward'}"
             print(f"\n{title}, batch {arguments.batch}, {arguments.dtype}, {arguments.device}")
             times = (
@@ -218,7 +242,8 @@ def print_tables(arguments: argparse.Namespace) -> None:
             )
             print(f"  {'':44}{'ms':>10}{'x grid_sample':>15}")
             for key, seconds in times.items():
-                base = times["grid_sample, with softmax and locations" if chosen[key][1] else "grid_sample"]
+                raw = chosen[key if key in chosen else key.rsplit(", ", 1)[0]][1]
+                base = times["grid_sample, with softmax and locations" if raw else "grid_sample"]
                 print(f"  {key:44}{seconds * 1000:10.3f}{base / seconds:15.1f}")
             if "torch-ms-deform-attn" in times and "detr_family" in times:
                 ratio = times["torch-ms-deform-attn"] / times["detr_family"]
@@ -363,6 +388,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--cases", nargs="+", default=["encoder", "decoder"], choices=["encoder", "decoder"])
     parser.add_argument("--check", type=int, metavar="ROUNDS", help="compare with float64 on random inputs")
+    parser.add_argument(
+        "--variants", nargs="+", default=[], choices=list(ops.VARIANTS), help="of the CUDA kernels, in --check"
+    )
     parser.add_argument("--seed", type=int, default=None, help="of --check; fresh unless given")
     parser.add_argument("--scaling", action="store_true", help="one thread against --threads, wall-clock")
     parser.add_argument("--memory", action="store_true", help="peak memory on the CPU")
@@ -371,7 +399,8 @@ def main() -> None:
         print(f"{key}: {text}")
     if arguments.check:
         seed = torch.seed() % 2**31 if arguments.seed is None else arguments.seed
-        sys.exit(0 if check(arguments.device, seed, arguments.check) else 1)
+        with ops.cuda_variants(*arguments.variants):
+            sys.exit(0 if check(arguments.device, seed, arguments.check) else 1)
     if arguments.scaling:
         print_scaling(arguments)
     elif arguments.memory:

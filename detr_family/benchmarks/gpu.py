@@ -73,18 +73,22 @@ def smoke(device: torch.device) -> bool:
             exact = [item.double().requires_grad_() for item in (value, locations, weights)]
             expected = ms_deform_attn_torch(exact[0], shapes, exact[1], exact[2])
             wanted = [expected.detach(), torch.autograd.grad(expected.sum(), exact[0])[0]]
-            for deterministic in (False, True):
+            kinds: list[tuple[str, bool, list[str]]] = [("", False, []), (", deterministic", True, [])]
+            if device.type == "cuda" and channels == 32 and dtype != torch.float64:
+                kinds.append((", variants", False, list(ops.VARIANTS)))
+            for kind, deterministic, variants in kinds:
                 leaf = value.to(device).requires_grad_()
-                output = ms_deform_attn(
-                    leaf, shapes, starts, locations.to(device), weights.to(device), deterministic=deterministic
-                )
-                found = [output.detach(), torch.autograd.grad(output.sum(), leaf)[0]]
+                with ops.cuda_variants(*variants):
+                    output = ms_deform_attn(
+                        leaf, shapes, starts, locations.to(device), weights.to(device), deterministic=deterministic
+                    )
+                    found = [output.detach(), torch.autograd.grad(output.sum(), leaf)[0]]
                 pairs = zip(found, wanted, strict=True)
                 errors = [float((x.double().cpu() - y).abs().max() / y.abs().max()) for x, y in pairs]
                 good = all(error <= tolerance for error in errors)
                 fine &= good
-                kind = f"{dtype} D={channels}{', deterministic' if deterministic else ''}"
-                say(f"{kind:36} output {errors[0]:.1e}  grad_value {errors[1]:.1e}  {'ok' if good else 'WRONG'}")
+                title = f"{dtype} D={channels}{kind}"
+                say(f"{title:36} output {errors[0]:.1e}  grad_value {errors[1]:.1e}  {'ok' if good else 'WRONG'}")
     return fine
 
 
@@ -171,12 +175,16 @@ def model(name: str, device: torch.device, args: argparse.Namespace) -> None:
             run = under_autocast(make(), device, autocast)
             report(f"{title}, {'bfloat16' if autocast else 'float32'}", run, count, args)
     if args.compiled:
-        detector.eval()
-        # the transformer alone: padding and the choice of the best scores stay outside
-        detector.predict = torch.compile(detector.predict)
+        compile_inference(detector)
         for autocast in (False, True):
             run = under_autocast(inference_of(detector, one), device, autocast)
             report(f"inference of 1, {'bfloat16' if autocast else 'float32'}, compiled", run, 1, args)
+
+
+def compile_inference(detector: Any) -> None:
+    """torch.compile where the detector itself knows what to compile."""
+    detector.eval()
+    detector.compile()
 
 
 def report(title: str, run: Run, images_per_call: int, args: argparse.Namespace) -> None:

@@ -7,8 +7,8 @@ results as it comes; summary.txt there is complete after every step. What no lon
     library   the one that is there, else the one carried in .gpu/, else built by nvcc for this GPU
     smoke     every type of kernel on a few numbers; where this fails, nothing long is begun
     tests     those marked gpu (if pytest is installed)
-    check     random configurations against float64, from a fixed seed
-    speed     the operator against grid_sample and whatever peers are installed, three types
+    check     random configurations against float64, from a fixed seed; again with the variants of the kernels
+    speed     the operator and its variants against grid_sample and whatever peers are installed, three types
     models    inference and training step of the five detectors: time, memory, waits for the device
     sanitizer, profile, compiled, train    only if named: compute-sanitizer, ncu, torch.compile, a short training
 """
@@ -33,6 +33,7 @@ CARRIED = ROOT / ".gpu"
 DEFAULT = ["library", "smoke", "tests", "check", "speed", "models"]
 EXTRA = ["sanitizer", "profile", "compiled", "train"]
 MODELS = ["dino_r50_4scale", "detr_r50", "conditional_detr_r50", "dab_detr_r50", "dn_detr_r50"]  # DINO first
+VARIANTS = ["combine", "heads"]  # of the operator's kernels
 PROFILED = ["SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy"]
 
 
@@ -170,6 +171,9 @@ def steps(chosen: list[str], args: argparse.Namespace) -> list[Step]:
         found.append(Step("tests detectors", [*pytest, "tests/test_gpu.py"], 60))
     if "check" in chosen:
         found.append(Step("check", [*operator, "--check", str(args.rounds), "--seed", "1"], 45))
+        if args.device == "cuda":
+            half = ["--check", str((args.rounds + 1) // 2), "--seed", "2", "--variants", *VARIANTS]
+            found.append(Step("check variants", [*operator, *half], 30))
     small = ["--size", str(args.size[0]), str(args.size[1]), "--repeats", str(args.repeats)]
     opts = ["--opts", *args.opts] if args.opts else []
     if "speed" in chosen:
@@ -214,7 +218,7 @@ def main() -> None:
     checker = Checker(Path(args.output), args.minutes, args.patience)
     found = find_library(checker, args.device)
     smoke = [sys.executable, "-m", "detr_family.benchmarks.gpu", "smoke", "--device", args.device]
-    if found["missing"] or not checker.run(Step("smoke", smoke, 45)):
+    if found["missing"] or not checker.run(Step("smoke", smoke, 20)):
         checker.note("given up", found["missing"] or "the smoke test failed")
         checker.failed = True
     else:

@@ -18,8 +18,11 @@ that one build serves torch 2.10 and later. Either may be missing: `missing_reas
 """
 
 import ctypes
+import os
 import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,6 +91,45 @@ def cpu_instructions() -> str:
 def cuda_arches() -> list[str]:
     """What the CUDA library was built for, as in TORCH_CUDA_ARCH_LIST: ["7.5", "9.0+PTX"]; [] without it."""
     return [arch for arch in _text("cuda", "detr_family_cuda_arches").split(";") if arch]
+
+
+VARIANTS = {"combine": 1, "heads": 2}  # bits of detr_family_cuda_variants
+
+
+def _choose_variants(names: list[str]) -> list[str]:
+    """Takes these variants of the CUDA kernels and no others from now on; returns those taken before.
+
+    Raises:
+        ValueError: an unknown name, or a library that has none.
+    """
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise ValueError(f"DETR_FAMILY_CUDA_VARIANTS: no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+    choose = getattr(_loaded["cuda"][0], "detr_family_cuda_variants", None)
+    if choose is None:
+        if names:
+            raise ValueError(f"no variant {names[0]!r} without a cuda library of this version; run {REBUILD}")
+        return []
+    before = choose(sum(VARIANTS[name] for name in names))
+    return [name for name, bit in VARIANTS.items() if before & bit]
+
+
+@contextmanager
+def cuda_variants(*names: str) -> Iterator[None]:
+    """Inside, the CUDA kernels' variants of these names are taken where there are such, and no others.
+
+    What they do: docs/deformable_attention.md. Those of DETR_FAMILY_CUDA_VARIANTS are taken from the start. They are
+    the process's, not the thread's: of several threads that choose, the last one is heard.
+    """
+    before = _choose_variants(list(names))
+    try:
+        yield
+    finally:
+        _choose_variants(before)
+
+
+if os.environ.get("DETR_FAMILY_CUDA_VARIANTS"):
+    _choose_variants(os.environ["DETR_FAMILY_CUDA_VARIANTS"].split())
 
 
 def cuda_problem(device_index: int) -> str:

@@ -19,6 +19,7 @@ import torch
 
 from detr_family.benchmarks import deformable_attention, gpu, gpu_check
 from detr_family.benchmarks.gpu_check import Checker, Step
+from detr_family.layers import deformable_attention_ops as ops
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA: Any = SimpleNamespace(type="cuda", index=0)
@@ -124,7 +125,9 @@ def test_the_usual_steps_fit_and_the_others_are_asked_for(monkeypatch: pytest.Mo
         device="cuda", rounds=3, size=[800, 1333], repeats=7, iterations=300, output="out", opts=["A", "B"]
     )
     usual = [step.name for step in gpu_check.steps(gpu_check.DEFAULT, args)]
-    assert usual[:3] == ["tests operator", "tests detectors", "check"] and usual[3].startswith("speed")
+    assert usual[:4] == ["tests operator", "tests detectors", "check", "check variants"]
+    assert usual[4].startswith("speed")
+    assert sorted(gpu_check.VARIANTS) == sorted(ops.VARIANTS)
     assert sum(name.startswith("model ") for name in usual) == 5
     more = {step.name: step.command for step in gpu_check.steps(gpu_check.EXTRA, args)}
     assert {"sanitizer memcheck", "sanitizer racecheck", "profile", "train"} <= set(more)
@@ -257,6 +260,12 @@ def test_a_call_that_fails_is_a_line_of_the_table(capsys: pytest.CaptureFixture[
 
     gpu.report("training step of 2, float32", run, 2, args)
     assert args.failed and "FAILED: CUDA out of memory" in capsys.readouterr().out
+
+
+def test_a_detector_compiles_what_it_knows_to_be_whole() -> None:
+    calls: list[str] = []
+    gpu.compile_inference(SimpleNamespace(eval=lambda: calls.append("eval"), compile=lambda: calls.append("compile")))
+    assert calls == ["eval", "compile"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,26 @@ class Backend(enum.Enum):
     TRITON = "triton"
 
 
+def test_variants_of_the_kernels_are_contestants_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[list[str]] = [[]]
+
+    def choose(names: list[str]) -> list[str]:
+        taken.append(names)
+        return taken[-2]
+
+    monkeypatch.setattr(benchmark.ops, "_choose_variants", choose)
+    runs = dict.fromkeys(["grid_sample", "detr_family", "detr_family fused"], lambda: taken[-1])
+    forward = benchmark.with_variants(runs, backward=False)
+    assert list(forward) == [
+        *("grid_sample", "detr_family", "detr_family, heads", "detr_family fused", "detr_family fused, heads")
+    ]
+    both = benchmark.with_variants(runs, backward=True)
+    assert len(both) == 3 + 2 * 3
+    assert both["detr_family fused, combine + heads"]() == ["combine", "heads"]
+    assert both["detr_family, combine"]() == ["combine"] and both["detr_family"]() == []
+    assert taken[-1] == []
+
+
 def test_deformops_is_called_with_its_own_enum(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

@@ -47,6 +47,7 @@ def test_lines_keep_their_numbers() -> None:
     ("name", "old", "new"),
     [
         ("cuda_kernels.cuh", 'asm volatile("red.global.add.v4.f32', 'asm volatile("red.relaxed.add.v4.f32'),
+        ("cuda_kernels.cuh", "prefetch.global.L1 [%0]", "prefetch.global.L2 [%0]"),
         ("cuda_kernels.cuh", "extern __shared__ Level level_of_point[];", "extern __shared__ __align__(16) Level l[];"),
         ("cuda_kernels.cuh", "__shared__ Exchange<C> exchange;", "__shared__ Exchange<C> exchange, other;"),
         ("cuda_kernels.cuh", "alignas(16) __half2 pairs[4];", "__half2 pairs[4];"),

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,9 +146,51 @@ def test_cuda_library_builds_and_loads_without_a_driver(tmp_path: Path):
 @pytest.mark.extension
 @pytest.mark.skipif(ops.library_file("cuda") is None, reason="the CUDA library is not built")
 def test_cuda_library_is_loaded_and_registered():
+    with ops.cuda_variants("combine", "heads"):
+        assert ops._choose_variants(["heads"]) == ["combine", "heads"]
     for name in ("forward", "backward", "fused_forward", "fused_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"detr_family::ms_deform_attn_{name}", "CUDA")
     assert ops.cuda_arches()
+
+
+@pytest.mark.extension
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm of binutils")
+@pytest.mark.parametrize("kind", list(ops.LIBRARIES))
+def test_a_library_asks_torch_for_its_stable_abi_and_python_for_nothing(kind: str):
+    """So that it serves any Python, and torch 2.10 and later, whichever it was built beside."""
+    file = ops.library_file(kind)
+    if file is None:
+        pytest.skip(f"the {kind} library is not built")
+    listed = subprocess.run(["nm", "-D", "--undefined-only", file], capture_output=True, text=True, check=True)
+    names = [line.split()[-1] for line in listed.stdout.splitlines()]
+    of_torch = [name for name in names if "torch" in name or "c10" in name or name.startswith("_ZN2at")]
+    assert of_torch and all(name.startswith(("aoti_torch_", "torch_")) for name in of_torch), of_torch
+    assert not [name for name in names if name.startswith(("Py", "_Py"))]
+
+
+def test_variants_of_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch):
+    """Taken inside, and those before again after it, whatever happens there."""
+    taken = [1]
+
+    def choose(bits: int) -> int:
+        taken.append(bits)
+        return taken[-2]
+
+    monkeypatch.setitem(ops._loaded, "cuda", (SimpleNamespace(detr_family_cuda_variants=choose), ""))
+    with ops.cuda_variants("heads"):
+        assert taken[-1] == 2
+        with pytest.raises(RuntimeError, match="inside"), ops.cuda_variants("heads", "combine"):
+            assert taken[-1] == 3
+            raise RuntimeError("inside")
+        assert taken[-1] == 2
+    assert taken[-1] == 1
+    with pytest.raises(ValueError, match="no variant 'tile'; there are combine, heads"), ops.cuda_variants("tile"):
+        pass
+    monkeypatch.setitem(ops._loaded, "cuda", (None, "was not built"))
+    with ops.cuda_variants():
+        pass
+    with pytest.raises(ValueError, match="no variant 'combine' without a cuda library of this version"):
+        ops._choose_variants(["combine"])
 
 
 def test_collect_env():

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <string>
 #include <tuple>
 
@@ -21,7 +22,11 @@ namespace {
 constexpr int kExactChannels = 32;  // what all detectors of the family have; other numbers take the kernel for any
 constexpr int kChunk = 16;
 constexpr size_t kSharedAsOfRight = 48 << 10;
-constexpr size_t kSharedUnasked = 16 << 10;  // what no kernel's own arrays leave too little room for: no question asked
+constexpr size_t kSharedUnasked = 1 << 10;  // what no kernel's own arrays leave too little room for: no question asked
+
+// Variants of kernels that no GPU has decided about: bits, none of them on until somebody asks.
+constexpr unsigned kCombine = 1, kThroughHeads = 2;
+std::atomic<unsigned> variants{0};
 
 cudaStream_t current_stream(const Tensor& tensor) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "ms_deform_attn: this torch was built without CUDA");
@@ -50,9 +55,9 @@ void allow_shared(Kernel kernel, size_t dynamic, const Params& params) {
 }
 
 template <typename Kernel>
-void launch(Kernel kernel, int queries, const Params& params, cudaStream_t stream) {
+void launch(Kernel kernel, int queries, const Params& params, cudaStream_t stream, int heads_of_block = 1) {
   const int64_t blocks = (params.queries + queries - 1) / queries;
-  const int64_t heads = std::min<int64_t>(int64_t(params.batch) * params.heads, 65535);
+  const int64_t heads = std::min<int64_t>((int64_t(params.batch) * params.heads + heads_of_block - 1) / heads_of_block, 65535);
   if (blocks == 0 || heads == 0) return;
   const size_t shared = sizeof(Level) * params.levels * params.points;
   if (shared > kSharedUnasked) allow_shared(kernel, shared, params);
@@ -64,10 +69,17 @@ enum class Task { forward, backward, deterministic_backward };
 
 template <typename C>
 void launch_task(Task task, const Params& params, cudaStream_t stream) {
+  if constexpr (C::exact) {
+    const unsigned chosen = params.tiled ? variants.load() : 0;  // the decoder has few queries, far from one another
+    if (task == Task::forward && (chosen & kThroughHeads))
+      return launch(forward_kernel<C, true>, C::queries, params, stream, kHeads);
+    if (task == Task::backward && (chosen & kCombine))
+      return launch(backward_kernel<C, Sums::combined>, C::queries, params, stream);
+  }
   switch (task) {
-    case Task::forward: return launch(forward_kernel<C>, C::queries, params, stream);
-    case Task::backward: return launch(backward_kernel<C, false>, C::queries, params, stream);
-    default: return launch(backward_kernel<C, true>, C::queries, params, stream);
+    case Task::forward: return launch(forward_kernel<C, false>, C::queries, params, stream);
+    case Task::backward: return launch(backward_kernel<C, Sums::each>, C::queries, params, stream);
+    default: return launch(backward_kernel<C, Sums::fixed>, C::queries, params, stream);
   }
 }
 
@@ -268,6 +280,9 @@ STABLE_TORCH_LIBRARY_IMPL(detr_family, CUDA, m) {
 }
 
 extern "C" DETR_EXPORT const char* detr_family_cuda_arches() { return DETR_FAMILY_ARCHES; }
+
+// Which variants of kernels to take from now on (kCombine, kThroughHeads); returns which were taken before.
+extern "C" DETR_EXPORT unsigned detr_family_cuda_variants(unsigned chosen) { return detr_family::variants.exchange(chosen); }
 
 // Why kernels of this library would not start on a device, as the end of a sentence about it; "" where they do. It asks
 // without starting any, so that nothing is left behind: the runtime in here may be of a later CUDA than the driver.

@@ -6,6 +6,9 @@
 // Each lane works out a few points, and passes them to its group through shared memory: 24 bytes per point that two
 // loads fetch for the whole group, where shuffles would take six. The backward's four dot products per point
 // are summed over the group by halving (lane j ends up with point j's), so that each lane finishes the points it began.
+//
+// Two variants wait for a GPU to decide about them (detr_family_cuda_variants): a backward that sums within the block
+// what goes to one token before it leaves the block, and a forward whose block takes its queries through several heads.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -43,10 +46,14 @@ struct Lane {  // one number: the kernel for any D
 
 template <>
 struct Lane<float, 4> {
+  using Packed = float4;
+  static __device__ __forceinline__ void unpack(const float4& x, float (&to)[4]) {
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+  }
   static __device__ __forceinline__ void load(const float* from, bool inside, float (&to)[4]) {
     float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
     if (inside) x = __ldg(reinterpret_cast<const float4*>(from));
-    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+    unpack(x, to);
   }
   static __device__ __forceinline__ void store(float* to, const float (&from)[4]) {
     *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
@@ -55,15 +62,19 @@ struct Lane<float, 4> {
 
 template <>
 struct Lane<__nv_bfloat16, 8> {
-  static __device__ __forceinline__ void load(const __nv_bfloat16* from, bool inside, float (&to)[8]) {
-    uint4 x = make_uint4(0, 0, 0, 0);
-    if (inside) x = __ldg(reinterpret_cast<const uint4*>(from));
+  using Packed = uint4;
+  static __device__ __forceinline__ void unpack(const uint4& x, float (&to)[8]) {
     const unsigned words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // a bfloat16 is the upper half of a float
       to[2 * i] = __uint_as_float(words[i] << 16);
       to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
+  }
+  static __device__ __forceinline__ void load(const __nv_bfloat16* from, bool inside, float (&to)[8]) {
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (inside) x = __ldg(reinterpret_cast<const uint4*>(from));
+    unpack(x, to);
   }
   static __device__ __forceinline__ void store(__nv_bfloat16* to, const float (&from)[8]) {
     alignas(16) __nv_bfloat162 pairs[4];
@@ -75,15 +86,19 @@ struct Lane<__nv_bfloat16, 8> {
 
 template <>
 struct Lane<__half, 8> {
-  static __device__ __forceinline__ void load(const __half* from, bool inside, float (&to)[8]) {
-    uint4 x = make_uint4(0, 0, 0, 0);
-    if (inside) x = __ldg(reinterpret_cast<const uint4*>(from));
+  using Packed = uint4;
+  static __device__ __forceinline__ void unpack(const uint4& x, float (&to)[8]) {
     const unsigned words[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
       to[2 * i] = pair.x, to[2 * i + 1] = pair.y;
     }
+  }
+  static __device__ __forceinline__ void load(const __half* from, bool inside, float (&to)[8]) {
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (inside) x = __ldg(reinterpret_cast<const uint4*>(from));
+    unpack(x, to);
   }
   static __device__ __forceinline__ void store(__half* to, const float (&from)[8]) {
     alignas(16) __half2 pairs[4];
@@ -380,6 +395,8 @@ struct Corners {
     for (int c = 0; c < 4; ++c) inside[c] = (place.token_and_mask >> c & 1) && there;
   }
 
+  __device__ __forceinline__ int32_t token(int c) const { return (c < 2 ? upper : lower) + c % 2; }
+
   template <typename X>
   __device__ __forceinline__ X* at(X* first, int c, int32_t row_bytes) const {
     const int32_t token = c < 2 ? upper : lower;
@@ -396,8 +413,192 @@ struct Corners {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------- kernels
+// ------------------------------------------------------------------- sums of a block before they leave it
+// What a block's queries add to grad_value goes to few tokens: in the encoder, 5.6 (float32) or 7.5 (16 bits)
+// contributions to each. The combining backward sorts a chunk's contributions by token and sums each token's before one
+// reduction takes it away. Sorting is counting: a table gives each token a slot (integer atomics on shared memory are the
+// hardware's own, those of floats are loops), each contribution learns its rank in its slot, a sum over the slots'
+// counts says where each begins. Then every group takes an equal share of the sorted contributions.
+constexpr int kSlots = 1024;  // of the table, a power of two
+constexpr int kProbes = 8;    // slots that a token tries; what finds none is reduced by itself
+constexpr uint32_t kNowhere = 0xffffffffu;
+constexpr unsigned kBeginsRun = 0x8000u;
+
 template <typename C>
+struct Rows {
+  int32_t token[kSlots];      // -1: free
+  int32_t count[kSlots + 1];  // of a slot's contributions, then where they begin; last, those that found no slot
+  int32_t total;
+  uint16_t order[C::queries * C::chunk * 4];  // where the exchange has their weights, sorted; kBeginsRun: another token
+  typename Lane<typename C::V, C::width>::Packed grad[C::queries * C::group];  // grad_output of the block's queries
+};
+
+template <typename C>
+__device__ __forceinline__ void clear(Rows<C>& rows) {
+#pragma unroll
+  for (int n = 0; n < kSlots / kThreads; ++n) {
+    rows.token[n * kThreads + threadIdx.x] = -1;
+    rows.count[n * kThreads + threadIdx.x] = 0;
+  }
+  if (threadIdx.x == 0) rows.count[kSlots] = 0;
+}
+
+__device__ __forceinline__ int slot_of(int32_t (&table)[kSlots], int32_t token) {
+  unsigned at = unsigned(token) * 2654435769u >> 22;  // neighbours come to lie far apart
+#pragma unroll 1
+  for (int probe = 0; probe < kProbes; ++probe) {
+    const int32_t found = atomicCAS(&table[at], -1, token);
+    if (found == -1 || found == token) return int(at);
+    at = (at + 1) % kSlots;
+  }
+  return kSlots;
+}
+
+// Enters the contributions of the points that this lane worked out: the slot of each, and its rank there * 65536.
+template <typename C>
+__device__ __forceinline__ void enter(Rows<C>& rows, const Exchange<C>& exchange, int slot, int lane, int points,
+                                      uint32_t (&entered)[C::own][4]) {
+#pragma unroll
+  for (int i = 0; i < C::own; ++i) {
+    const int j = i * C::group + lane;
+    const Corners corners(exchange.places[slot * C::stride + j], j < points);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      entered[i][c] = kNowhere;
+      if (!corners.inside[c]) continue;
+      const int at = slot_of(rows.token, corners.token(c));
+      entered[i][c] = unsigned(at) | unsigned(atomicAdd(&rows.count[at], 1)) << 16;
+    }
+  }
+}
+
+// Makes of each slot's count where its contributions begin; in which order the slots follow is open.
+template <typename C>
+__device__ __forceinline__ void place_slots(Rows<C>& rows) {
+  int32_t counts[kSlots / kThreads], sum = threadIdx.x == 0 ? rows.count[kSlots] : 0;
+#pragma unroll
+  for (int n = 0; n < kSlots / kThreads; ++n) sum += counts[n] = rows.count[n * kThreads + threadIdx.x];
+  const int lane = int(threadIdx.x % 32);
+  int32_t up_to = sum;  // with the warp's threads before
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t other = __shfl_up_sync(kWarp, up_to, step);
+    if (lane >= step) up_to += other;
+  }
+  int32_t begin = 0;
+  if (lane == 31) begin = atomicAdd(&rows.total, up_to);
+  begin = __shfl_sync(kWarp, begin, 31) + up_to - sum;
+#pragma unroll
+  for (int n = 0; n < kSlots / kThreads; ++n) {
+    rows.count[n * kThreads + threadIdx.x] = begin;
+    begin += counts[n];
+  }
+  if (threadIdx.x == 0) rows.count[kSlots] = begin;
+}
+
+// Puts the contributions where they belong.
+template <typename C>
+__device__ __forceinline__ void sort(Rows<C>& rows, int slot, int lane, const uint32_t (&entered)[C::own][4]) {
+#pragma unroll
+  for (int i = 0; i < C::own; ++i) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if (entered[i][c] == kNowhere) continue;
+      const unsigned at = entered[i][c] & 0xffffu, rank = entered[i][c] >> 16;
+      const unsigned id = unsigned((slot * C::stride + i * C::group + lane) * 4 + c);
+      rows.order[rows.count[at] + rank] = uint16_t(rank == 0 || at == kSlots ? id | kBeginsRun : id);
+    }
+  }
+}
+
+// One group's share of the sorted contributions: sums them token by token. `grad_base` is the lane's first channel.
+template <typename C>
+__device__ __forceinline__ void reduce_rows(const Rows<C>& rows, const Exchange<C>& exchange, int slot, int lane,
+                                            typename C::T* grad_base, int32_t row_bytes) {
+  using T = typename C::T;
+  using Packed = typename Lane<typename C::V, C::width>::Packed;
+  static_assert(C::queries * C::stride * 4 <= int(kBeginsRun));
+  const T* weights = exchange.weights[0].corner;
+  const Packed* grads = rows.grad + lane;
+  const int share = (rows.total + C::queries - 1) / C::queries;  // there are as many groups as queries
+  const int end = min(slot * share + share, rows.total);
+  T sum[C::width] = {};
+  unsigned id = kNowhere;
+  const auto leave = [&] {
+    const Corners corners(exchange.places[id / 4], true);
+    const int32_t token = (id & 2 ? corners.lower : corners.upper) + int32_t(id & 1);
+    const uint64_t address = multiply_add_wide(token, row_bytes, reinterpret_cast<uint64_t>(grad_base));
+    add(reinterpret_cast<T*>(address), sum);
+  };
+  const auto fetch = [&](unsigned entry, T& weight, Packed& grad) {
+    weight = weights[entry & (kBeginsRun - 1)];
+    grad = grads[(entry & (kBeginsRun - 1)) / unsigned(C::stride * 4) * C::group];
+  };
+  const auto take = [&](unsigned entry, T weight, const Packed& packed) {
+    if ((entry & kBeginsRun) && id != kNowhere) {
+      leave();
+#pragma unroll
+      for (int i = 0; i < C::width; ++i) sum[i] = T(0);
+    }
+    id = entry & (kBeginsRun - 1);
+    T grad[C::width];
+    Lane<typename C::V, C::width>::unpack(packed, grad);
+#pragma unroll
+    for (int i = 0; i < C::width; ++i) sum[i] += weight * grad[i];
+  };
+  int r = slot * share;
+#pragma unroll 1
+  for (; r + 4 <= end; r += 4) {  // fours: their loads go out together
+    unsigned entries[4];
+    T four[4];
+    Packed packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) entries[i] = rows.order[r + i];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fetch(entries[i], four[i], packed[i]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) take(entries[i], four[i], packed[i]);
+  }
+#pragma unroll 1
+  for (; r < end; ++r) {
+    T weight;
+    Packed packed;
+    fetch(rows.order[r], weight, packed);
+    take(rows.order[r], weight, packed);
+  }
+  if (id != kNowhere) leave();
+}
+
+// ------------------------------------------------------------------------------------------- through the heads
+// A block takes one head of its queries after the other that the grid's height leaves it, mostly one, or, `through`,
+// kHeads neighbours at least: the set-up is done once, and the next head's numbers come while this one's values do.
+constexpr int kHeads = 4;
+
+template <bool through>
+__device__ __forceinline__ int64_t first_head() {
+  return int64_t(blockIdx.y) * (through ? kHeads : 1);
+}
+
+template <bool through>
+__device__ __forceinline__ int64_t next_head(int64_t head) {
+  if (through && (head + 1) % kHeads) return head + 1;
+  return head + 1 + int64_t(gridDim.y - 1) * (through ? kHeads : 1);
+}
+
+// Asks for the numbers and weights of the next row, which the next head will work out.
+template <typename C>
+__device__ __forceinline__ void prefetch_row(const Params& params, int lane, int64_t row) {
+  const int count = params.levels * params.points;
+  const typename C::N* numbers = static_cast<const typename C::N*>(params.numbers) + row * count * 2;
+  const typename C::N* weights = static_cast<const typename C::N*>(params.weights) + row * count;
+  for (int k = lane; k < count; k += C::group) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(numbers + 2 * k));
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(weights + k));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- kernels
+template <typename C, bool through>
 __global__ void __launch_bounds__(kThreads, sizeof(typename C::T) == 4 ? 4 : 2)
     forward_kernel(const __grid_constant__ Params params) {
   using T = typename C::T;
@@ -410,7 +611,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename C::T) == 4 ? 4 : 2)
   const int64_t q = query[slot] < 0 ? 0 : query[slot];  // beyond the last query: works along, stores nothing
   const int count = params.levels * params.points;
   const int32_t row_stride = params.heads * params.channels, row_bytes = row_stride * int32_t(sizeof(V));
-  for (int64_t head = blockIdx.y; head < int64_t(params.batch) * params.heads; head += gridDim.y) {
+  const int64_t heads = int64_t(params.batch) * params.heads;
+  for (int64_t head = first_head<through>(); head < heads; head = next_head<through>(head)) {
     const int64_t b = head / params.heads, m = head % params.heads;
     const int64_t row = (b * params.queries + q) * params.heads + m;
     T largest = T(0), factor = T(1);
@@ -426,6 +628,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename C::T) == 4 ? 4 : 2)
         work_out<C>(params, level_of_point, exchange, slot, lane, first, row, b * params.queries + q, largest, factor,
                     points);
         __syncwarp();
+        if constexpr (through) {
+          if (first == 0 && (head + 1) % kHeads && m + 1 < params.heads) prefetch_row<C>(params, lane, row + 1);
+        }
         const int end = min(C::chunk, count - first);
 #pragma unroll 4
         for (int j = 0; j < end; ++j) {
@@ -445,12 +650,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename C::T) == 4 ? 4 : 2)
   }
 }
 
-template <typename C, bool deterministic>
+enum class Sums { each, fixed, combined };  // of grad_value: a reduction per contribution, the same in fixed point, per token
+
+template <typename C, Sums sums>
 __global__ void __launch_bounds__(kThreads, 2)
     backward_kernel(const __grid_constant__ Params params) {
   using T = typename C::T;
   using V = typename C::V;
   using N = typename C::N;
+  constexpr bool deterministic = sums == Sums::fixed;
   extern __shared__ Level level_of_point[];
   __shared__ Exchange<C> exchange;
   __shared__ int64_t query[C::queries];
@@ -473,10 +681,34 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int first = 0; first < count; first += C::chunk) {
       OwnPoints<T, C::own> points;
       T grad_attention[C::own];
-      __syncwarp();
-      work_out<C>(params, level_of_point, exchange, slot, lane, first, row, b * params.queries + q, largest, factor,
-                  points);
-      __syncwarp();
+      if constexpr (sums == Sums::combined) {
+        __shared__ Rows<C> rows;
+        using Packed = typename Lane<V, C::width>::Packed;
+        uint32_t entered[C::own][4];
+        if (head == blockIdx.y && first == 0) clear(rows);
+        __syncthreads();  // nobody reads the round before, and the table is clear
+        if (threadIdx.x == 0) rows.total = 0;
+        work_out<C>(params, level_of_point, exchange, slot, lane, first, row, b * params.queries + q, largest, factor,
+                    points);
+        if (first == 0) {
+          const V* from = static_cast<const V*>(params.grad_output) + row * params.channels + lane * C::width;
+          rows.grad[slot * C::group + lane] = __ldg(reinterpret_cast<const Packed*>(from));
+        }
+        enter(rows, exchange, slot, lane, real ? count - first : 0, entered);
+        __syncthreads();  // counts are whole
+        place_slots(rows);
+        __syncthreads();  // slots have their places
+        sort(rows, slot, lane, entered);
+        __syncthreads();  // contributions are sorted
+        clear(rows);
+        T* grad_base = static_cast<T*>(params.grad_value) + head_begin + lane * C::width;
+        reduce_rows(rows, exchange, slot, lane, grad_base, row_stride * int32_t(sizeof(T)));
+      } else {
+        __syncwarp();
+        work_out<C>(params, level_of_point, exchange, slot, lane, first, row, b * params.queries + q, largest, factor,
+                    points);
+        __syncwarp();
+      }
 #pragma unroll
       for (int part = 0; part < C::own; ++part) {
         T own_dots[4] = {};
@@ -504,18 +736,19 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
               T dot = T(0);
-              T by[C::width];
 #pragma unroll
-              for (int i = 0; i < C::width; ++i) {
-                dot += grad[i] * value[c][i];
-                by[i] = grad[i] * weights.corner[c];
-              }
-              if (corners.inside[c] && real) {
-                T* numbers = corners.at(grad_base, c, row_stride * int32_t(sizeof(T)));
-                if constexpr (deterministic) {
-                  add_fixed(corners.at(sums_base, c, row_stride * 8), numbers, by, fixed);
-                } else {
-                  add(numbers, by);
+              for (int i = 0; i < C::width; ++i) dot += grad[i] * value[c][i];
+              if constexpr (sums != Sums::combined) {
+                T by[C::width];
+#pragma unroll
+                for (int i = 0; i < C::width; ++i) by[i] = grad[i] * weights.corner[c];
+                if (corners.inside[c] && real) {
+                  T* numbers = corners.at(grad_base, c, row_stride * int32_t(sizeof(T)));
+                  if constexpr (deterministic) {
+                    add_fixed(corners.at(sums_base, c, row_stride * 8), numbers, by, fixed);
+                  } else {
+                    add(numbers, by);
+                  }
                 }
               }
               if constexpr (C::exact) {

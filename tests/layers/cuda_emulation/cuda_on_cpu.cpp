@@ -212,6 +212,8 @@ void trap() { throw 1; }
 
 void count_reduction() { ++reductions; }
 
+void touch(const void* at) { (void)*static_cast<const volatile char*>(at); }
+
 void sync_threads() { wait_at(block_barrier, Kind::threads, ~0u, 0, threads, true); }
 
 void sync_warp(unsigned mask) {

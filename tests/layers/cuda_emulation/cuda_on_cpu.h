@@ -70,6 +70,7 @@ extern Ids ids;  // of the thread that runs; a fiber's own before and after ever
 void sync_threads();
 void sync_warp(unsigned mask);
 void exchange(unsigned mask, uint64_t mine, int source_lane, int detail, uint64_t& theirs);
+void touch(const void* at);  // of a prefetch: may be read
 void* shared(int which, size_t bytes, size_t alignment);  // the block's; -1: the dynamic part
 [[noreturn]] void trap();
 [[noreturn]] void fail(const char* what);
@@ -79,7 +80,7 @@ extern uint64_t seed;
 extern int fault;            // which of the planted faults is on; 0: none
 extern int64_t most_blocks;  // along the grid's y
 extern size_t dynamic_allowed;  // shared memory that the next launch has been allowed beyond 48 KiB
-constexpr size_t kStaticShared = 28 << 10;  // what cudaFuncGetAttributes says of every kernel; no kernel may have more
+constexpr size_t kStaticShared = 47 << 10;  // what cudaFuncGetAttributes says of every kernel; no kernel may have more
 constexpr size_t kShared = 227 << 10;       // of an H100's block
 
 template <typename Kernel, typename... Arguments>
@@ -89,15 +90,19 @@ bool launch(Kernel kernel, dim3 grid, dim3 block, size_t dynamic, Arguments... a
 }
 
 template <typename T>
-T shuffle_xor(unsigned mask, T x, int lanes, int width) {
+T shuffle(unsigned mask, T x, int source, int detail) {
   static_assert(sizeof(T) <= 8);
   uint64_t mine = 0, theirs;
   std::memcpy(&mine, &x, sizeof x);
-  const int lane = ids.thread.x % 32, source = lane ^ lanes;
-  // sources in a later segment of `width` lanes give the lane's own value
-  exchange(mask, mine, source / width <= lane / width ? source : lane, lanes * 64 + width, theirs);
+  exchange(mask, mine, source, detail, theirs);
   std::memcpy(&x, &theirs, sizeof x);
   return x;
+}
+template <typename T>
+T shuffle_xor(unsigned mask, T x, int lanes, int width) {
+  const int lane = ids.thread.x % 32, source = lane ^ lanes;
+  // sources in a later segment of `width` lanes give the lane's own value
+  return shuffle(mask, x, source / width <= lane / width ? source : lane, lanes * 64 + width);
 }
 
 template <typename T, typename Bits, typename F>
@@ -121,6 +126,15 @@ T __shfl_xor_sync(unsigned mask, T x, int lanes, int width = 32) {
   return emu::shuffle_xor(mask, x, lanes, width);
 }
 template <typename T>
+T __shfl_up_sync(unsigned mask, T x, int lanes) {
+  const int lane = emu::ids.thread.x % 32;
+  return emu::shuffle(mask, x, lane >= lanes ? lane - lanes : lane, 1 << 20 | lanes);
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T x, int source) {
+  return emu::shuffle(mask, x, source % 32, 1 << 21);  // the source may be another one for each lane
+}
+template <typename T>
 T __ldg(const T* from) {
   return *from;
 }
@@ -133,6 +147,12 @@ inline double atomicAdd(double* to, double by) {
 inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long by) {
   return __atomic_fetch_add(to, by, __ATOMIC_RELAXED);
 }
+inline int atomicAdd(int* to, int by) { return __atomic_fetch_add(to, by, __ATOMIC_RELAXED); }
+inline int atomicCAS(int* to, int expected, int by) {  // what was there
+  __atomic_compare_exchange_n(to, &expected, by, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
+inline void prefetch_l1(const void* at) { emu::touch(at); }  // prefetch.global.L1
 inline unsigned atomicMax(unsigned* to, unsigned by) {
   return emu::atomically<unsigned, uint32_t>(to, [&](unsigned x) { return x > by ? x : by; });
 }

@@ -60,6 +60,7 @@ _WORDS: list[tuple[str, str, int | None, int | None]] = [
         0,
         1,
     ),
+    (r'asm volatile\("prefetch\.global\.L1 \[%0\];" ::"l"\(([^;]*)\)\);', r"prefetch_l1(\1);", 0, 2),
     (
         r'asm\("mad\.wide\.s32 %0, %1, %2, %3;" : "=l"\((\w+)\) : "r"\((\w+)\), "r"\((\w+)\), "l"\((\w+)\)\);',
         r"\1 = uint64_t(int64_t(\2) * \3) + \4;",
@@ -74,23 +75,23 @@ _WIDE_READ = re.compile(r"reinterpret_cast<(?:const )?(?:uint4|float4)\*>\((\w+)
 FAULTS = [
     (
         "forward: no __syncwarp before work_out",
-        "        __syncwarp();\n        work_out<C>",
-        "        if (!FAULT) __syncwarp();\n        work_out<C>",
+        "C::own> points;\n        __syncwarp();",
+        "C::own> points;\n        if (!FAULT) __syncwarp();",
     ),
     (
         "forward: no __syncwarp after work_out",
-        "                    points);\n        __syncwarp();",
-        "                    points);\n        if (!FAULT) __syncwarp();",
+        "                    points);\n        __syncwarp();\n        if constexpr (through)",
+        "                    points);\n        if (!FAULT) __syncwarp();\n        if constexpr (through)",
     ),
     (
         "backward: no __syncwarp before work_out",
-        "      T grad_attention[C::own];\n      __syncwarp();",
-        "      T grad_attention[C::own];\n      if (!FAULT) __syncwarp();",
+        "      } else {\n        __syncwarp();",
+        "      } else {\n        if (!FAULT) __syncwarp();",
     ),
     (
         "backward: no __syncwarp after work_out",
-        "                  points);\n      __syncwarp();",
-        "                  points);\n      if (!FAULT) __syncwarp();",
+        "                    points);\n        __syncwarp();\n      }",
+        "                    points);\n        if (!FAULT) __syncwarp();\n      }",
     ),
     ("set_up: no __syncthreads", "  __syncthreads();\n", "  if (!FAULT) __syncthreads();\n"),
     (
@@ -144,6 +145,45 @@ FAULTS = [
         "the fourth corner left out",
         "for (int c = 0; c < 4; ++c) mask |=",
         "for (int c = 0; c < (FAULT ? 3 : 4); ++c) mask |=",
+    ),
+    *(
+        (f"combined: no barrier: {what}", f"__syncthreads();  // {what}", f"if (!FAULT) __syncthreads();  // {what}")
+        for what in ("nobody reads", "counts are whole", "slots have their places", "contributions are sorted")
+    ),
+    (
+        "combined: what found no slot is forgotten",
+        "if (entered[i][c] == kNowhere) continue;",
+        "if (entered[i][c] == kNowhere || (FAULT && (entered[i][c] & 0xffffu) == kSlots)) continue;",
+    ),
+    (
+        "combined: what found no slot is taken for one token",
+        "rank == 0 || at == kSlots ? id",
+        "rank == 0 || (!FAULT && at == kSlots) ? id",
+    ),
+    (
+        "combined: two tokens in one slot",
+        "if (found == -1 || found == token) return int(at);",
+        "if (FAULT || found == -1 || found == token) return int(at);",
+    ),
+    (
+        "combined: the table as the round before left it",
+        "        clear(rows);\n        T* grad_base",
+        "        if (!FAULT) clear(rows);\n        T* grad_base",
+    ),
+    (
+        "combined: counted without an atomic addition",
+        "unsigned(atomicAdd(&rows.count[at], 1))",
+        "unsigned(FAULT ? rows.count[at]++ : atomicAdd(&rows.count[at], 1))",
+    ),
+    (
+        "combined: the last run of a share is lost",
+        "  if (id != kNowhere) leave();",
+        "  if (!FAULT && id != kNowhere) leave();",
+    ),
+    (
+        "through the heads: every other run left out",
+        "int64_t(gridDim.y - 1) * (through ? kHeads : 1)",
+        "int64_t(gridDim.y - (FAULT ? 0 : 1)) * (through ? kHeads : 1)",
     ),
 ]
 

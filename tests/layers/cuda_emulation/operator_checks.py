@@ -108,6 +108,37 @@ def test_more_points_than_any_block_holds() -> None:
         ms_deform_attn(value, SHAPES, STARTS, locations, weights)
 
 
+def backward_of(variants: int, *operands: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """The gradients of one call with those variants of kernels, and how many 16-byte reductions it took."""
+    library = ops._loaded["cpu"][0]
+    assert library.detr_family_cuda_variants(variants) == 0
+    try:
+        counts()
+        return operators.ms_deform_attn_backward(*operands), counts()[1]
+    finally:
+        library.detr_family_cuda_variants(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("near", [True, False])
+def test_what_goes_to_one_token_leaves_a_block_once(near: bool, dtype: torch.dtype) -> None:
+    """As many reductions as distinct tokens, and no more than without where a block's table has too few slots."""
+    shapes, starts = [(48, 56)], [0]
+    value, locations, weights, grad = operands(queries=48 * 56, heads=1, points=16, shapes=shapes)
+    if near:  # around the queries' own pixels
+        y, x = torch.meshgrid((torch.arange(48) + 0.5) / 48, (torch.arange(56) + 0.5) / 56, indexing="ij")
+        centres = torch.stack((x, y), -1).view(1, -1, 1, 1, 1, 2)
+        locations = centres + (locations - 0.5) * 0.1
+    given = (grad.to(dtype), value.to(dtype), torch.tensor(shapes), torch.tensor(starts), locations, weights)
+    expected, each = backward_of(0, *given)
+    found, combined = backward_of(1, *given)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    if each:  # of 16 bytes, which sm_80 has not
+        assert combined <= (each / 4 if near else each)
+
+
 def test_few_points_are_not_worked_through_as_sixteen() -> None:
     used = {}
     for points in (4, 16):

@@ -77,7 +77,8 @@ Numbers fill(const Tensor& tensor, Make make) {
 struct Case {
   int batch, queries, heads, channels, levels, points, reference_dims, tokens;
   std::vector<int> height, width, start;
-  bool fused, deterministic, wild, knots, not_finite;
+  bool fused, deterministic, wild, knots, not_finite, crowded;
+  unsigned variants;
   ScalarType value, numbers;
   std::string text;
   int64_t bad_row = -1;  // of (b, q, m): the one with a gradient that is not finite
@@ -203,8 +204,9 @@ void run(Case& c, Random& random) {
     if (c.wild && random.one_in(4)) return wild[random.below(12)];
     double scale, base;
     const int size = along(i, scale, base);
-    double pixel = std::floor((random.uniform() * 1.5 - 0.25) * size) + (c.knots ? 0 : 0.1 + 0.8 * random.uniform());
-    if (random.one_in(16)) pixel += random.pick(-5, -2, 2, 7) * size;
+    const double where = c.crowded ? random.uniform() : random.uniform() * 1.5 - 0.25;
+    double pixel = std::floor(where * size) + (c.knots ? 0 : 0.1 + 0.8 * random.uniform());
+    if (!c.crowded && random.one_in(16)) pixel += random.pick(-5, -2, 2, 7) * size;
     return (pixel - base) / scale;
   });
   if (c.numbers == ScalarType::Half || c.numbers == ScalarType::BFloat16) {
@@ -222,6 +224,7 @@ void run(Case& c, Random& random) {
     write(starts, l, c.start[size_t(l)]);
   }
   const Expected e = compute(c, value_numbers, anchor_numbers, point_numbers, weight_numbers, grad_numbers);
+  detr_family_cuda_variants(c.variants);
   const Tensor output = forward(value, shapes, starts, anchors, numbers, weights);
   const auto grads = backward(grad, value, shapes, starts, anchors, numbers, weights, c.deterministic);
   // A float coordinate that is off by one part in 2^24 of the number of pixels moves a weight by as much.
@@ -247,15 +250,21 @@ Case make_case(Random& random, const std::string& name) {
   c.not_finite = !c.knots && random.one_in(8);  // infinity times a weight that rounding makes zero, or not
   c.numbers = narrow && c.fused && !random.one_in(4) ? c.value : c.value == ScalarType::Double ? c.value : ScalarType::Float;
   c.reference_dims = random.pick(2, 4);
+  c.variants = unsigned(random.pick(0, 1, 2, 3));
+  // more tokens than a block's table has slots, all queries read anywhere: contributions that find no slot
+  c.crowded = (c.variants & kCombine) && !c.knots && random.one_in(4);
+  if (c.crowded) c.channels = 32, c.batch = 1, c.heads = 1, c.levels = 2, c.points = 8, c.deterministic = false;
+  if (c.crowded && c.value == ScalarType::Double) c.value = c.numbers = ScalarType::Float;
   c.tokens = 0;
   for (int l = 0; l < c.levels; ++l) {
     // powers of two make pixels' centres exact, for the knots
     c.height.push_back(c.knots ? random.pick(1, 2, 4, 8, 16) : random.pick(1, 1, 2, 3, 7, 8, 9, 13, 17, 25));
     c.width.push_back(c.knots ? random.pick(1, 2, 4, 8, 16) : random.pick(1, 2, 3, 5, 8, 11, 16, 19, 31));
+    if (c.crowded) c.height.back() = random.pick(29, 32, 41), c.width.back() = random.pick(26, 32, 37);
     c.start.push_back(c.tokens);
     c.tokens += c.height.back() * c.width.back();
   }
-  c.queries = random.one_in(2) ? c.tokens : random.pick(1, 2, 7, 31, 33, 63, 65, 100, 130);
+  c.queries = c.crowded || random.one_in(2) ? c.tokens : random.pick(1, 2, 7, 31, 33, 63, 65, 100, 130);
   // shuffles take the time: 640 switches of threads per point in the general kernel's backward, some 28 in the others
   const auto cost = [&] {
     const bool general = c.value == ScalarType::Double || c.channels != 32;
@@ -270,7 +279,7 @@ Case make_case(Random& random, const std::string& name) {
   const std::pair<const char*, int> parts[] = {
       {"B", c.batch}, {"Q", c.queries}, {"M", c.heads}, {"D", c.channels}, {"L", c.levels}, {"P", c.points},
       {"fused", c.fused}, {"dims", c.reference_dims}, {"deterministic", c.deterministic}, {"wild", c.wild},
-      {"knots", c.knots}, {"not finite", c.not_finite}, {"grid.y", int(emu::most_blocks)}};
+      {"knots", c.knots}, {"not finite", c.not_finite}, {"crowded", c.crowded}, {"variants", int(c.variants)}, {"grid.y", int(emu::most_blocks)}};
   for (const auto& [key, number] : parts) c.text += std::string(" ") + key + "=" + std::to_string(number);
   for (int l = 0; l < c.levels; ++l)
     c.text += " " + std::to_string(c.height[size_t(l)]) + "x" + std::to_string(c.width[size_t(l)]);
