@@ -1,6 +1,7 @@
 """Seeing what happens in a run: predictions, curves and tables while it goes on, one page at its end.
 
-Everything here is for the eyes of the user: none of it changes the training, and what fails is logged.
+Everything here is for the eyes of the user: none of it changes the training, and what fails is logged. What draws is
+imported when something is drawn: matplotlib would make every start half a second longer.
 """
 
 from __future__ import annotations
@@ -27,9 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detr_family.engine.loggers import LoggerHook, RunLogger
 from detr_family.inference.predictor import Predictor
-from detr_family.visualization.curves import write_csv, write_curves
-from detr_family.visualization.draw import draw_comparison, read_metrics
-from detr_family.visualization.report import write_report
 
 _IMAGES = 4
 _LONGEST_SIDE = 1200  # of what TensorBoard gets, pixels
@@ -103,6 +101,8 @@ class PredictionDrawer(HookBase):
             _logger.warning("Predictions could not be drawn; the training goes on", exc_info=True)
 
     def _draw(self) -> None:
+        from detr_family.visualization.draw import draw_comparison
+
         if self.records is None:
             self._choose()
         if not self.records:
@@ -178,6 +178,8 @@ class RunWriter(HookBase):
             return
         self._curves()
         try:
+            from detr_family.visualization.report import write_report
+
             _logger.info("What there is to see of this run: %s", write_report(self.cfg.OUTPUT_DIR, self.cfg))
         except Exception:
             _logger.warning("The report of this run could not be written", exc_info=True)
@@ -187,6 +189,9 @@ class RunWriter(HookBase):
         if not (folder / "metrics.json").is_file() or not (folder / "metrics.json").stat().st_size:
             return  # nothing was recorded yet
         try:
+            from detr_family.visualization.curves import write_csv, write_curves
+            from detr_family.visualization.draw import read_metrics
+
             metrics = read_metrics(str(folder / "metrics.json"))
             write_csv(metrics, str(folder / "metrics.csv"))
             write_curves(metrics, str(folder / "curves.png"))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert
 
@@ -97,6 +96,8 @@ class HungarianMatcher:
         Returns:
             Assignment with M = sum over images of min(Q, boxes of the image).
         """
+        from scipy.optimize import linear_sum_assignment  # a fifth of the time of importing this package
+
         num_layers = len(prediction.layer_logits)
         device = prediction.layer_logits.device
         # Where a cost is not a number any assignment is as good as another.
