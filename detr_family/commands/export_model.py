@@ -89,7 +89,7 @@ def _export(args: argparse.Namespace) -> tuple[Predictor, Any, Path]:
         raise UserError("--precision int8 needs images like those that it will see, to calibrate on: --data DIR")
     calibration = calibration_images(args.data) if args.data else []
     images = [torch.from_numpy(read_image(name, "RGB").copy()).permute(2, 0, 1) for name in args.images]
-    predictor = Predictor.from_config(cfg, args.weights)
+    predictor = Predictor.from_config(cfg, args.weights, optimize=False)
     difference = export_model(
         predictor,
         args.format,

@@ -28,6 +28,7 @@ from detr_family.export.parity import BOX_BOUND, SCORE_BOUND, Difference, compar
 from detr_family.inference.exported import ExportedDetector
 from detr_family.inference.predictor import Predictor, resized
 from detr_family.layers import deformable_attention_ops
+from detr_family.layers.prepared import Prepared
 from detr_family.modeling.set_detector import SetDetector
 
 SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2", "openvino": ".xml", "torchscript": ".ts", "aoti": ".pt2"}
@@ -199,9 +200,14 @@ def _predictor(
     elif isinstance(model, SetDetector):
         predictor = Predictor(model, class_names=class_names, input_format=input_format or "RGB")
     else:
-        predictor = Predictor.from_config(model, weights, opts=opts)
+        predictor = Predictor.from_config(model, weights, opts=opts, optimize=False)
     if not isinstance(predictor.model, SetDetector):
         raise UserError(f"a {type(predictor.model).__name__} cannot be exported: a detector of this package is needed")
+    if any(isinstance(layer, Prepared) for layer in predictor.model.modules()):
+        raise UserError(
+            "this detector was prepared for inference on the CPU and cannot be exported: give export_model the "
+            "configuration, or Predictor.from_config(..., optimize=False)"
+        )
     if predictor.input_format not in ("RGB", "BGR"):
         raise UserError(f"a detector for images of INPUT.FORMAT {predictor.input_format!r} cannot be exported yet")
     return predictor

@@ -115,7 +115,7 @@ class Predictor:
         *,
         opts: Sequence[str] = (),
         batch_size: int = 1,
-        optimize: str = "",
+        optimize: bool | str = True,
         tile: int = 0,
         overlap: float = 0.2,
     ) -> Predictor:
@@ -130,8 +130,9 @@ class Predictor:
                 that is needed, see `from_exported`.
             opts: KEY, VALUE, KEY, VALUE ..., where `config` is a file.
             batch_size: images that go through the model together.
-            optimize: "float32" or "bfloat16": prepare the detector for inference on the CPU, see
-                `detr_family.inference.optimize`. Empty: run it as it is.
+            optimize: prepare a detector on the CPU for inference, see `detr_family.inference.optimize`: the same
+                results to rounding in less time, but `model` can be neither trained, saved, exported nor moved then.
+                "bfloat16": faster still, less precise. False: run it as it is. On other devices it is in any case.
             tile, overlap: see class.
 
         Raises:
@@ -158,8 +159,8 @@ class Predictor:
             register_datasets(cfg)
         model = build_model(cfg)
         DETRCheckpointer(model, whole=True, averaged=cfg.TEST.EMA).load(cfg.MODEL.WEIGHTS)
-        if optimize:
-            prepare(model, precision=optimize)
+        if optimize and (model.device.type == "cpu" or optimize is not True):
+            prepare(model, precision="float32" if optimize is True else optimize)
         own_size = cfg.TEST.AUG.ENABLED  # the views are made of the image as it is
         return cls(
             augmented(cfg, model),

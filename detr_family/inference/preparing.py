@@ -1,7 +1,9 @@
 """A detector made ready for inference on a CPU: the same results to rounding, in less time and no more memory.
 
 - Frozen batch norms become part of their convolutions, ReLU and the residual sum part of the kernel, activations lie
-  channels-last.
+  channels-last. Blocks add to their input's memory, and the stem is pooled strip by strip: pages that are touched for
+  the first time cost as much as the arithmetic.
+- 3x3 convolutions of many channels are Winograd's, where that is faster on this processor.
 - Linear layers keep their weights in oneDNN's layout where that is faster on this processor; feed-forward networks run
   a few tokens at a time, so that the hidden layer stays in the cache.
 - The encoding of positions is kept for each size of image that is not padded.
@@ -19,23 +21,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 
+from detr_family.layers.attention import ProjectedAttention
 from detr_family.layers.position_encoding import SinePositionEncoding
 from detr_family.layers.prepared import (
     PreparedAttention,
     PreparedConv2d,
     PreparedFeedForward,
     PreparedLinear,
+    PreparedProjectedAttention,
+    PreparedStem,
     kernels_work,
 )
+from detr_family.layers.winograd import WinogradConv2d
 from detr_family.modeling.set_detector import SetDetector
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _KEPT_ENCODINGS = 8  # sizes of images
+_WINOGRAD_CHANNELS = 128  # at least
+_WINOGRAD_BYTES = 70 << 20  # more weights than before, at most: what a large image's norms took, which are gone
 
 _logger = logging.getLogger(__name__)
 
@@ -44,7 +51,8 @@ def optimize(model: SetDetector, *, precision: str = "float32") -> SetDetector:
     """Prepare a detector, in place, for inference on the CPU.
 
     Args:
-        model: on the CPU. It can be neither trained nor saved any more.
+        model: on the CPU. It can be neither trained, saved nor moved any more: that is an error. A layer's `weight`
+            can be read.
         precision: "float32": results equal the plain detector's to rounding (scores within 1e-4). "bfloat16":
             convolutions and linear layers compute in it, boxes and scores are predicted in float32.
 
@@ -60,7 +68,7 @@ def optimize(model: SetDetector, *, precision: str = "float32") -> SetDetector:
         raise ValueError(f"the detector is on {model.device}; it is prepared for the CPU: call .cpu() first")
     model.eval()
     if not kernels_work():
-        _logger.warning("This torch has not oneDNN's prepacked operators: the detector stays as it is.")
+        _logger.info("This torch has not oneDNN's prepacked operators: the detector stays as it is.")
         return model
     dtype = PRECISIONS[precision]
     if dtype == torch.bfloat16 and not _has_bfloat16():
@@ -74,41 +82,91 @@ def optimize(model: SetDetector, *, precision: str = "float32") -> SetDetector:
 
 def _prepare_backbone(backbone: nn.Module, dtype: torch.dtype) -> None:
     """Residual blocks, stems and what else is a convolution, with their norms."""
+    winograd = _winograd_convolutions(backbone) if dtype == torch.float32 else set()
+    followers = {
+        id(block) for stage in backbone.modules() if isinstance(stage, nn.Sequential) for block in list(stage)[1:]
+    }
+    module: Any
     for module in list(backbone.modules()):
         if isinstance(module, BottleneckBlock):
-            _replace_forward(module, _bottleneck, ("conv1", "conv2", "conv3"), dtype)
+            _replace_forward(module, _bottleneck, ("conv1", "conv2", "conv3"), dtype, winograd)
         elif isinstance(module, BasicBlock):
-            _replace_forward(module, _basic_block, ("conv1", "conv2"), dtype)
-        elif isinstance(module, BasicStem):
-            _replace_forward(module, _stem, ("conv1",), dtype)
+            _replace_forward(module, _basic_block, ("conv1", "conv2"), dtype, winograd)
+        elif isinstance(module, BasicStem) and _foldable(module.conv1) and _is_square(module.conv1):
+            weight, bias = _folded(module.conv1)
+            module.conv1 = PreparedStem(weight, bias, module.conv1.stride[0], module.conv1.padding[0], dtype=dtype)
+            module.forward = module.conv1.forward
+        if id(module) in followers:  # what a block before it in its stage gave is nobody else's
+            module.overwrites = True
+
+
+def _winograd_convolutions(backbone: nn.Module) -> set[int]:
+    """Ids of the convolutions of residual blocks that become Winograd's, those with the fewest weights first."""
+    wanted = [
+        block.conv2 if isinstance(block, BottleneckBlock) else block.conv1
+        for block in backbone.modules()
+        if isinstance(block, (BottleneckBlock, BasicBlock))
+    ]
+    wanted = [
+        conv
+        for conv in wanted
+        if isinstance(conv, nn.Conv2d)
+        and _foldable(conv)
+        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        and conv.groups == 1
+        and min(conv.in_channels, conv.out_channels) >= _WINOGRAD_CHANNELS
+    ]
+    chosen, room = set(), _WINOGRAD_BYTES
+    for conv in sorted(wanted, key=lambda conv: conv.weight.numel()):
+        room -= 3 * conv.weight.numel() * 4
+        if room >= 0:
+            chosen.add(id(conv))
+    return chosen if chosen and _winograd_is_faster() else set()
 
 
 def _replace_forward(
-    block: nn.Module, forward: Callable[..., Tensor], relus: tuple[str, ...], dtype: torch.dtype
+    block: nn.Module, forward: Callable[..., Tensor], relus: tuple[str, ...], dtype: torch.dtype, winograd: set[int]
 ) -> None:
     """Give a block of Detectron2's a forward whose convolutions do the ReLU, where all its norms can be folded."""
     names = [name for name in (*relus, "shortcut") if getattr(block, name, None) is not None]
     if not all(_foldable(getattr(block, name)) for name in names):
         return
     for name in names:
-        setattr(block, name, _prepared_conv(getattr(block, name), dtype, relu=name in relus))
+        conv = getattr(block, name)
+        if id(conv) in winograd:
+            weight, bias = _folded(conv)
+            setattr(block, name, WinogradConv2d(weight, bias, relu=True))
+        else:
+            setattr(block, name, _prepared_conv(conv, dtype, relu=name in relus))
     block.forward = functools.partial(forward, block)
 
 
+def _sum_starts_from(block: Any, x: Tensor) -> Tensor:
+    """What a block's last convolution adds to, and overwrites."""
+    if block.shortcut is not None:
+        shortcut: Tensor = block.shortcut(x)
+        return shortcut
+    return x if getattr(block, "overwrites", False) else x.clone()
+
+
 def _bottleneck(block: Any, x: Tensor) -> Tensor:
-    shortcut = x.to(block.conv1.dtype).clone() if block.shortcut is None else block.shortcut(x)
-    y: Tensor = block.conv3(block.conv2(block.conv1(x)), add=shortcut)
-    return y
+    x = x.to(block.conv3.dtype)
+    y = block.conv2(block.conv1(x))
+    last: Tensor = block.conv3(y, add=_sum_starts_from(block, x))
+    return last
 
 
 def _basic_block(block: Any, x: Tensor) -> Tensor:
-    shortcut = x.to(block.conv1.dtype).clone() if block.shortcut is None else block.shortcut(x)
-    y: Tensor = block.conv2(block.conv1(x), add=shortcut)
-    return y
+    x = x.to(block.conv2.dtype)
+    y = block.conv1(x)
+    last: Tensor = block.conv2(y, add=_sum_starts_from(block, x))
+    return last
 
 
-def _stem(stem: Any, x: Tensor) -> Tensor:
-    return F.max_pool2d(stem.conv1(x), kernel_size=3, stride=2, padding=1)
+def _is_square(conv: Any) -> bool:
+    """Whether a convolution does the same in both directions, plainly."""
+    pairs = (conv.kernel_size, conv.stride, conv.padding)
+    return all(a == b for a, b in pairs) and conv.dilation == (1, 1) and conv.groups == 1
 
 
 def _foldable(conv: nn.Module) -> bool:
@@ -116,6 +174,7 @@ def _foldable(conv: nn.Module) -> bool:
     norm = getattr(conv, "norm", None)
     return (
         isinstance(conv, nn.Conv2d)
+        and type(conv) in (nn.Conv2d, Conv2d)  # others do something else with their weights or input
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
         and getattr(conv, "activation", None) is None
@@ -123,13 +182,19 @@ def _foldable(conv: nn.Module) -> bool:
     )
 
 
-def _prepared_conv(conv: Any, dtype: torch.dtype, relu: bool = False) -> PreparedConv2d:
+def _folded(conv: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution with its norm."""
     weight, bias, norm = conv.weight, conv.bias, getattr(conv, "norm", None)
     if norm is not None:
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
         weight = weight * scale[:, None, None, None]
         bias = shift if bias is None else bias * scale + shift
+    return weight, bias
+
+
+def _prepared_conv(conv: Any, dtype: torch.dtype, relu: bool = False) -> PreparedConv2d:
+    weight, bias = _folded(conv)
     return PreparedConv2d(weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, relu=relu, dtype=dtype)
 
 
@@ -172,6 +237,8 @@ def _stand_in(layer: nn.Module, dtype: torch.dtype, packed_linear: bool) -> nn.M
     if isinstance(layer, nn.MultiheadAttention):
         usual = layer.in_proj_weight is not None and layer.batch_first and layer.bias_k is None
         return PreparedAttention(layer, dtype=dtype) if packed_linear and usual else None
+    if type(layer) is ProjectedAttention:
+        return PreparedProjectedAttention(layer, dtype=dtype) if packed_linear else None
     if type(layer) is nn.Linear:
         return PreparedLinear(layer, dtype=dtype) if packed_linear else None
     return _prepared_conv(layer, dtype) if _foldable(layer) else None
@@ -220,19 +287,36 @@ def _has_bfloat16() -> bool:
 
 @functools.cache
 def _packed_linear_is_faster() -> bool:
-    """Time a linear layer of a transformer's size in both forms, in turn; oneDNN's must win."""
+    """Whether a linear layer of a transformer's size is faster in oneDNN's layout."""
     linear = nn.Linear(256, 1024)
     x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
-    packed = PreparedLinear(linear)
-    best = {"plain": float("inf"), "packed": float("inf")}
-    with torch.no_grad():
-        for _ in range(8):
-            for name, layer in (("plain", linear), ("packed", packed)):
-                start = time.perf_counter()
-                layer(x)
-                best[name] = min(best[name], time.perf_counter() - start)
-    _logger.debug("a linear layer of 1024 tokens, plain and in oneDNN's layout: %s s", best)
-    return best["packed"] < best["plain"]
+    return _is_faster(PreparedLinear(linear), linear, x)
+
+
+@functools.cache
+def _winograd_is_faster() -> bool:
+    """Whether a convolution of a ResNet's is faster by Winograd's method."""
+    conv = nn.Conv2d(256, 256, 3, padding=1)
+    x = torch.randn(1, 256, 32, 48, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    return _is_faster(WinogradConv2d(conv.weight, conv.bias), _prepared_conv(conv, torch.float32), x)
+
+
+@torch.no_grad()
+def _is_faster(layer: nn.Module, other: nn.Module, x: Tensor) -> bool:
+    """Whether a layer is faster than another: it is with AVX2 and AVX-512; elsewhere the fastest of eight calls counts.
+
+    What is known is not measured anew: processes that share a task would choose differently and round differently.
+    """
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return True
+    best = [float("inf"), float("inf")]
+    for _ in range(8):
+        for i, each in enumerate((layer, other)):
+            start = time.perf_counter()
+            each(x)
+            best[i] = min(best[i], time.perf_counter() - start)
+    _logger.debug("%s takes %.2g s, %s %.2g s", type(layer).__name__, best[0], type(other).__name__, best[1])
+    return best[0] < best[1]
 
 
 __all__ = ["KeptEncoding", "optimize"]

@@ -7,14 +7,17 @@ compiler emits for a CPU (`torch.ops.mkldnn`); `kernels_work` says whether this 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detr_family.layers.attention import ProjectedAttention
+
 _CHUNK = 4 << 20  # bytes of a feed-forward network's hidden layer worked on at a time: they stay in the cache
-
-
+_STRIP = 12 << 20  # bytes of the stem's convolution that wait for the pooling: fresh pages cost much time
 _USUAL_MAP = (50, 67)  # height and width of a feature map, to choose a layout for
 
 
@@ -39,17 +42,45 @@ def kernels_work() -> bool:
         return False
 
 
-class _Prepared(nn.Module):
-    """What has given its weights away: evaluation only."""
+_INSTEAD = "load it without preparing it (Predictor.from_config(..., optimize=False)) for that"
 
-    def train(self, mode: bool = True) -> _Prepared:
+
+class Prepared(nn.Module):
+    """What has given its weights away: evaluation on the CPU only, and nothing that is saved or loaded.
+
+    `weight` is for reading: it is laid out anew at each call.
+    """
+
+    def train(self, mode: bool = True) -> Prepared:
         """Refuses training mode."""
         if mode:
-            raise ValueError("this detector was prepared for inference and cannot be trained: build it anew")
+            raise ValueError(f"this detector was prepared for inference and cannot be trained: {_INSTEAD}")
         return super().train(False)
 
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(f"this detector was prepared for inference, and its weights cannot be saved: {_INSTEAD}")
 
-class PreparedLinear(_Prepared):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(f"this detector was prepared for inference and takes no other weights: {_INSTEAD}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
+        """Bears calls such as .cpu() and .float() that change nothing, refuses others."""
+        before = torch.empty(0)
+        after = fn(before)
+        if (after.device, after.dtype) != (before.device, before.dtype):
+            raise ValueError(
+                "this detector was prepared for inference on the CPU and can be moved to no other device or type: "
+                f"{_INSTEAD}"
+            )
+        return self
+
+
+def _plain(packed: Any) -> Tensor:
+    dense: Tensor = packed.to_dense() if packed.is_mkldnn else packed
+    return dense
+
+
+class PreparedLinear(Prepared):
     """y = x W^T + b with W in oneDNN's layout, and ReLU in the same pass if wanted.
 
     Args:
@@ -69,6 +100,11 @@ class PreparedLinear(_Prepared):
         self.register_buffer("bias", bias, persistent=False)
         self.training = False
 
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, in_features), for reading."""
+        return _plain(self.packed)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         if not x.numel():
@@ -77,7 +113,7 @@ class PreparedLinear(_Prepared):
         return y
 
 
-class PreparedFeedForward(_Prepared):
+class PreparedFeedForward(Prepared):
     """Two linear layers with an activation between them, a few tokens at a time.
 
     The hidden layer of all of an image's tokens would be written to memory and read again: 180 MB in DINO's encoder.
@@ -109,7 +145,7 @@ class PreparedFeedForward(_Prepared):
         return torch.cat(parts).view(*x.shape[:-1], -1)
 
 
-class PreparedConv2d(_Prepared):
+class PreparedConv2d(Prepared):
     """A convolution in channels-last layout with its batch norm folded in, ReLU or a sum and ReLU in the same pass.
 
     Args:
@@ -147,6 +183,11 @@ class PreparedConv2d(_Prepared):
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
         self.training = False
 
+    @property
+    def weight(self) -> Tensor:
+        """(O, I / groups, kh, kw), for reading; the norm is in it."""
+        return _plain(self.packed)
+
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """Convolve.
 
@@ -169,7 +210,43 @@ class PreparedConv2d(_Prepared):
         return y
 
 
-class PreparedAttention(_Prepared):
+class PreparedStem(Prepared):
+    """A ResNet's stem, convolution, ReLU and 3x3 max pooling of stride 2, a strip of rows at a time.
+
+    Args:
+        weight: (O, I, k, k).
+        bias: (O,).
+        stride, padding: of the convolution, alike in both directions.
+        dtype: what is computed in.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, stride: int, padding: int, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = weight.shape[-1], stride, padding
+        self.conv = PreparedConv2d(weight, bias, (stride, stride), (0, 0), (1, 1), 1, relu=True, dtype=dtype)
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, H, W) -> (B, O, H', W') in channels-last layout, a quarter as high and wide if `stride` is 2."""
+        x = F.pad(x.to(self.conv.dtype), (self.padding,) * 4).contiguous(memory_format=torch.channels_last)
+        high, wide = ((side - self.kernel) // self.stride + 1 for side in x.shape[-2:])  # of the convolution's result
+        channels, rows = self.conv.out_channels, (high - 1) // 2 + 1
+        result = torch.empty(
+            (len(x), channels, rows, (wide - 1) // 2 + 1), dtype=x.dtype, memory_format=torch.channels_last
+        )
+        at_once = max(1, _STRIP // (2 * len(x) * wide * channels * x.element_size()))
+        for start in range(0, rows, at_once):
+            stop = min(start + at_once, rows)
+            above = min(start, 1)  # a row more: the pooling takes its own upper rim for the image's
+            first, last = 2 * (start - above), min(2 * stop, high) - 1
+            y = self.conv(x[:, :, self.stride * first : self.stride * last + self.kernel])
+            result[:, :, start:stop] = F.max_pool2d(y, kernel_size=3, stride=2, padding=1)[:, :, above:]
+        return result
+
+
+class PreparedAttention(Prepared):
     """nn.MultiheadAttention (batch first, no attention weights wanted) with prepared projections.
 
     Args:
@@ -212,3 +289,40 @@ class PreparedAttention(_Prepared):
             seen = ~attn_mask if seen is None else seen & ~attn_mask
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.out_proj(x.transpose(1, 2).flatten(-2)), None
+
+
+class PreparedProjectedAttention(Prepared):
+    """ProjectedAttention with a prepared projection, through torch's fast kernel whatever the widths.
+
+    The kernel wants values as wide as queries and keys: narrower ones get zeros beside them, which come to nothing.
+
+    Args:
+        attention: whose weights are taken over.
+        dtype: what is computed in.
+    """
+
+    def __init__(self, attention: ProjectedAttention, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.out_proj = PreparedLinear(attention.out_proj, dtype=dtype)
+        self.training = False
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        padding: Tensor | None = None,
+        blocked: Tensor | None = None,
+    ) -> Tensor:
+        """As ProjectedAttention: (B, Q, E), (B, S, E), (B, S, D) -> (B, Q, D); masks are True where blocked."""
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+        seen = None if padding is None else ~padding[:, None, None]
+        if blocked is not None:
+            seen = ~blocked if seen is None else seen & ~blocked
+        width = v.shape[-1]
+        if width < q.shape[-1]:
+            v = F.pad(v, (0, q.shape[-1] - width))
+        x = F.scaled_dot_product_attention(q, k, v, seen)[..., :width]
+        return self.out_proj(x.transpose(1, 2).flatten(-2))

@@ -37,7 +37,7 @@ def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture, monkeypat
         raise UserError(f"this needs {module}, which cannot be imported: pip install 'detr_family[{extra}]'")
 
     monkeypatch.setattr(exporting, "require", absent)
-    main(["dino_quickstart", "--size", "64", "80", "--repeats", "1", "--forms", "onnx"])
+    main(["dino_quickstart", "--size", "64", "80", "--repeats", "1", "--forms", "onnx", "--cpu-time"])
     assert "left out: this needs onnx, which cannot be imported: pip install" in capsys.readouterr().out
 
 

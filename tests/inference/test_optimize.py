@@ -10,26 +10,30 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_model
 from predicting import NAMES, config
 from torch import nn
 
 from detr_family.checkpoint import DETRCheckpointer
+from detr_family.errors import UserError
+from detr_family.export import export_model
 from detr_family.inference import Predictor
 from detr_family.inference import preparing as module
 from detr_family.inference.preparing import optimize
 from detr_family.layers import prepared
-from detr_family.layers.prepared import PreparedConv2d, PreparedFeedForward, PreparedLinear
+from detr_family.layers.prepared import PreparedConv2d, PreparedFeedForward, PreparedLinear, PreparedStem
+from detr_family.layers.winograd import WinogradConv2d
 
 
 @pytest.fixture(params=[True, False], ids=["packed", "plain"])
 def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether linear layers are replaced, whatever this processor likes better."""
     monkeypatch.setattr(module, "_packed_linear_is_faster", lambda: request.param)
+    monkeypatch.setattr(module, "_winograd_is_faster", lambda: request.param)
     return bool(request.param)
 
 
-def resnet(name: str, depth: int) -> Any:
+def resnet_cfg(name: str, depth: int) -> Any:
     cfg = tiny.cfg_of(name)
     cfg.MODEL.BACKBONE.NAME = "build_torchvision_resnet_backbone"
     cfg.MODEL.RESNETS.DEPTH = depth
@@ -37,6 +41,11 @@ def resnet(name: str, depth: int) -> Any:
     cfg.MODEL.RESNETS.NORM = "FrozenBN"
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res4", "res5"] if name == "DINO" else ["res5"]
+    return cfg
+
+
+def resnet(name: str, depth: int) -> Any:
+    cfg = resnet_cfg(name, depth)
     torch.manual_seed(3)
     model = build_model(cfg).eval()
     generator = torch.Generator().manual_seed(4)
@@ -72,7 +81,7 @@ def test_a_resnets_norms_are_folded(depth: int, packed: bool) -> None:
         plain = model.backbone(images)["res5"]
         found = optimize(model).backbone(images)["res5"]
     torch.testing.assert_close(found, plain, atol=1e-4 * float(plain.abs().max()), rtol=0)
-    convolutions = [m for m in model.backbone.modules() if isinstance(m, PreparedConv2d)]
+    convolutions = [m for m in model.backbone.modules() if isinstance(m, (PreparedConv2d, WinogradConv2d))]
     assert len(convolutions) == {18: 20, 50: 53}[depth]
     assert not any("BatchNorm" in type(m).__name__ for m in model.backbone.modules())
     again = optimize(model).backbone(images)["res5"]  # what is prepared stays so
@@ -121,20 +130,50 @@ def test_it_holds_no_weights_twice(packed: bool) -> None:
         return sum(t.numel() * t.element_size() for t in (*m.parameters(), *m.buffers()))
 
     before = bytes_of(model)
-    assert bytes_of(optimize(model)) <= before * 1.02
+    after = bytes_of(optimize(model))
+    more = sum(m.packed.numel() * 3 for m in model.modules() if isinstance(m, WinogradConv2d))  # 36 values for 9
+    assert (more > 0) == packed and more <= module._WINOGRAD_BYTES
+    assert after - more <= before * 1.02
 
 
 def test_what_cannot_be_is_said() -> None:
     model = tiny.build("DETR")
     with pytest.raises(ValueError, match="precision is 'int4'; it may be 'float32' or 'bfloat16'"):
         optimize(model, precision="int4")
-    with pytest.raises(ValueError, match="cannot be trained"):
-        optimize(model).train()
+
+
+def test_a_prepared_detector_is_for_nothing_else(packed: bool) -> None:
+    plain = resnet("DETR", 18)
+    model = optimize(copy.deepcopy(plain))
+    for use, message in (
+        (model.train, "cannot be trained: load it without preparing it .*optimize=False"),
+        (model.state_dict, "weights cannot be saved"),
+        (lambda: model.load_state_dict(plain.state_dict(), strict=False), "prepared for inference"),
+        (model.half, "moved to no other device or type"),
+        (lambda: model.to("meta"), "moved to no other device or type"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert model.cpu().float().eval() is model  # what changes nothing may be called
+    for a, b in zip(outputs(plain), outputs(model), strict=True):
+        torch.testing.assert_close(b, a, atol=1e-3, rtol=0)
+    torch.testing.assert_close(model.class_embed.weight, plain.class_embed.weight, atol=0, rtol=0)
+    torch.testing.assert_close(model.input_proj.weight, plain.input_proj.weight, atol=0, rtol=0)
+    with pytest.raises(UserError, match=r"prepared for inference .* cannot be exported: .*optimize=False"):
+        export_model(Predictor(model), "torchscript", "never.ts")
+
+
+def test_convolutions_of_another_kind_are_left_alone() -> None:
+    class Standardised(nn.Conv2d):
+        """Scales its weights as it runs."""
+
+    assert not module._foldable(Standardised(3, 4, 3)) and module._foldable(nn.Conv2d(3, 4, 3))
 
 
 def test_a_torch_without_the_kernels_leaves_the_detector_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr(module, "kernels_work", lambda: False)
     model = optimize(tiny.build("DETR"))
     assert not any(isinstance(m, PreparedLinear) for m in model.modules())
@@ -152,11 +191,74 @@ def test_the_kernels_are_tried_before_they_are_trusted(monkeypatch: pytest.Monke
 def test_the_predictor_prepares_its_detector(tmp_path: Path, packed: bool) -> None:
     DETRCheckpointer(tiny.build("DETR"), str(tmp_path), class_names=NAMES).save("model")
     image = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
-    found = {
-        how: Predictor.from_config(config("DETR"), tmp_path / "model.pth", optimize=how)(image)
-        for how in ("", "float32")
-    }
-    torch.testing.assert_close(found["float32"].scores, found[""].scores, atol=1e-4, rtol=0)
-    torch.testing.assert_close(found["float32"].pred_boxes.tensor, found[""].pred_boxes.tensor, atol=1e-2, rtol=0)
+    how: tuple[bool | str, ...] = (False, True, "float32", "bfloat16")
+    predictors = [Predictor.from_config(config("DETR"), tmp_path / "model.pth", optimize=each) for each in how]
+    prepared_ones = [any(isinstance(m, prepared.Prepared) for m in p.model.modules()) for p in predictors]
+    assert prepared_ones == [False, True, True, True]
+    plain, *found = (predictor(image) for predictor in predictors)
+    for other, bound in zip(found, (1e-4, 1e-4, 0.1), strict=True):
+        torch.testing.assert_close(other.scores, plain.scores, atol=bound, rtol=0)
+    for other in found[:2]:
+        torch.testing.assert_close(other.pred_boxes.tensor, plain.pred_boxes.tensor, atol=1e-2, rtol=0)
+    assert predictors[0].model.state_dict()
     with pytest.raises(ValueError, match="precision is 'half'"):
         Predictor.from_config(config("DETR"), tmp_path / "model.pth", optimize="half")
+
+
+def test_winograd_is_the_convolution() -> None:
+    for height, width in ((1, 1), (4, 8), (7, 13), (33, 18)):
+        conv = nn.Conv2d(5, 6, 3, padding=1)
+        x = torch.randn(2, 5, height, width)
+        found = WinogradConv2d(conv.weight, conv.bias, relu=True)(x)
+        torch.testing.assert_close(found, conv(x).relu(), atol=2e-5, rtol=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(WinogradConv2d(conv.weight, conv.bias, relu=True)(x), found)
+        plain = WinogradConv2d(conv.weight, None)(x)
+        torch.testing.assert_close(plain, nn.functional.conv2d(x, conv.weight, padding=1), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (64, 48), (65, 50), (131, 97)])
+def test_the_stem_in_strips_is_the_stem(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias = torch.randn(4, 3, 7, 7), torch.randn(4)
+    x = torch.randn(2, 3, *size)
+    y = nn.functional.conv2d(x, weight, bias, stride=2, padding=3).relu()
+    expected = nn.functional.max_pool2d(y, kernel_size=3, stride=2, padding=1)
+    for strip in (1, 20_000, 1 << 30):
+        monkeypatch.setattr(prepared, "_STRIP", strip)
+        found = PreparedStem(weight, bias, 2, 3)(x)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("features", [["res2", "res3", "res4", "res5"], ["stem", "res5"]])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_blocks_overwrite_nothing_that_is_wanted(
+    depth: int, features: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_winograd_is_faster", lambda: True)
+    cfg = resnet_cfg("DETR", depth)
+    cfg.MODEL.RESNETS.OUT_FEATURES = features
+    backbone = build_backbone(cfg).eval()
+    x = torch.randn(2, 3, 70, 90)
+    before = x.clone()
+    with torch.no_grad():
+        expected = backbone(x)
+        module._prepare_backbone(backbone, torch.float32)
+        assert any(isinstance(layer, WinogradConv2d) for layer in backbone.modules())
+        for _ in range(2):
+            found = backbone(x)
+            for name in features:
+                bound = 1e-4 * float(expected[name].abs().max())
+                torch.testing.assert_close(found[name], expected[name], atol=bound, rtol=0)
+    assert torch.equal(x, before)
+
+
+def test_winograd_takes_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_winograd_is_faster", lambda: True)
+    backbone = build_backbone(resnet_cfg("DETR", 50))
+    chosen = {id(conv): conv for conv in backbone.modules() if id(conv) in module._winograd_convolutions(backbone)}
+    assert sorted(conv.out_channels for conv in chosen.values()) == [128] * 3 + [256] * 5 + [512]
+    monkeypatch.setattr(module, "_WINOGRAD_BYTES", 20 << 20)
+    few = [conv.out_channels for conv in chosen.values() if id(conv) in module._winograd_convolutions(backbone)]
+    assert sorted(few) == [128] * 3 + [256] * 2
+    monkeypatch.setattr(module, "_winograd_is_faster", lambda: False)
+    assert not module._winograd_convolutions(backbone)

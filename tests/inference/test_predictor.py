@@ -70,7 +70,7 @@ def test_paths_and_arrays_of_either_order_are_the_same_image(input_format: str, 
     equal(predictor(rgb, array_format="RGB"), expected)
     equal(predictor(np.ascontiguousarray(rgb[:, :, ::-1])), expected)  # as cv2 reads it
     cfg.MODEL.WEIGHTS, cfg.MODEL.DETR.NUM_CLASSES = weights("DETR"), 3
-    equal(DefaultPredictor(cfg)(rgb[:, :, ::-1])["instances"], expected)
+    equal(DefaultPredictor(cfg)(rgb[:, :, ::-1])["instances"], expected, 1e-5)  # the detector as it is
     other = predictor(np.ascontiguousarray(rgb[:, :, ::-1]), array_format="RGB")
     assert not torch.allclose(other.scores, expected.scores)
 
