@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"export_model: {error}", file=sys.stderr)
         return 1
     if args.evaluate:
-        exported = ExportedDetector(output, input_format=cfg.INPUT.FORMAT)
+        exported = ExportedDetector(output, input_format=cfg.INPUT.FORMAT, stretch=True)
         print(beside({"detector": Trainer.test(cfg, predictor.model), args.format: Trainer.test(cfg, exported)}))
     return 0
 

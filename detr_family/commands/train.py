@@ -50,7 +50,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 def model_to_evaluate(cfg: CfgNode, resume: bool) -> nn.Module:
     """The detector with its weights; the exported one where MODEL.WEIGHTS is a file of tools/export_model.py."""
     if is_exported(cfg.MODEL.WEIGHTS):
-        return ExportedDetector(cfg.MODEL.WEIGHTS, input_format=cfg.INPUT.FORMAT)
+        return ExportedDetector(cfg.MODEL.WEIGHTS, input_format=cfg.INPUT.FORMAT, stretch=True)
     model = Trainer.build_model(cfg)
     checkpointer = DETRCheckpointer(model, cfg.OUTPUT_DIR, whole=True, averaged=cfg.TEST.EMA)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

@@ -49,6 +49,8 @@ class ExportedDetector(nn.Module):
             or TorchScript (.ts).
         input_format: the channel order of the images that it is given, "RGB" or "BGR".
         threads: threads of the runtime; None leaves it to the runtime. (.pt2 and .ts: torch.set_num_threads.)
+        stretch: a file of fixed size gets images of another one stretched to it, which changes what is found a
+            little. False: it refuses them.
 
     Attributes:
         about: what the file says about itself, see the module.
@@ -59,12 +61,20 @@ class ExportedDetector(nn.Module):
         UserError: the runtime is not installed, or the file was not written by `export_model`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, input_format: str = "RGB", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        input_format: str = "RGB",
+        threads: int | None = None,
+        stretch: bool = False,
+    ) -> None:
         super().__init__()
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no exported detector {str(path)!r}")
         self.path = path
+        self.stretch = stretch
         self.flip = input_format == "BGR"
         self.run, self.about = _open(path, threads)
         self.class_names: list[str] | None = self.about.get("class_names")
@@ -76,10 +86,11 @@ class ExportedDetector(nn.Module):
 
         Args:
             batched_inputs: one dict per image with `image`, (3, H, W) of values in [0, 255], and optionally `height`
-                and `width` of the result. A file of fixed size sees them stretched to it.
+                and `width` of the result.
 
         Raises:
-            UserError: an image that is smaller than the file can take.
+            UserError: an image that is smaller than the file can take, or without `stretch` of another size than the
+                fixed one.
         """
         fixed: tuple[int, int] | None = self.about["size"] and tuple(self.about["size"])
         images = [self._image(x, fixed) for x in batched_inputs]
@@ -110,6 +121,11 @@ class ExportedDetector(nn.Module):
                 "one pixel is needed"
             )
         if fixed is not None and tuple(image.shape[1:]) != fixed:
+            if not self.stretch:
+                raise UserError(
+                    f"an image of {image.shape[1]}x{image.shape[2]} is not of the only size that {self.path.name} "
+                    f"takes, {fixed[0]}x{fixed[1]}: resize it, pass stretch=True, or export without --fixed"
+                )
             image = F.interpolate(image[None].float(), fixed, mode="bilinear", antialias=True)[0]
         if image.is_floating_point():
             image = image.round().clamp(0, 255).byte()

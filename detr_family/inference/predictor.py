@@ -116,6 +116,7 @@ class Predictor:
         opts: Sequence[str] = (),
         batch_size: int = 1,
         optimize: bool | str = True,
+        compile: bool = False,
         tile: int = 0,
         overlap: float = 0.2,
     ) -> Predictor:
@@ -133,13 +134,16 @@ class Predictor:
             optimize: prepare a detector on the CPU for inference, see `detr_family.inference.optimize`: the same
                 results to rounding in less time, but `model` can be neither trained, saved, exported nor moved then.
                 "bfloat16": faster still, less precise. False: run it as it is. On other devices it is in any case.
+            compile: see class; it is then not prepared.
             tile, overlap: see class.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
             ValueError: no such configuration, a key that does not exist, or a checkpoint that is none, is not safe to
-                load or does not fit.
+                load or does not fit; `compile` with "bfloat16".
         """
+        if compile and isinstance(optimize, str):
+            raise ValueError(f"optimize={optimize!r} and compile both replace what runs: ask for one of them")
         if weights is not None and is_exported(weights):
             return cls.from_exported(weights, batch_size=batch_size, tile=tile, overlap=overlap)
         if isinstance(config, CfgNode):
@@ -159,7 +163,7 @@ class Predictor:
             register_datasets(cfg)
         model = build_model(cfg)
         DETRCheckpointer(model, whole=True, averaged=cfg.TEST.EMA).load(cfg.MODEL.WEIGHTS)
-        if optimize and (model.device.type == "cpu" or optimize is not True):
+        if optimize and not compile and (model.device.type == "cpu" or optimize is not True):
             prepare(model, precision="float32" if optimize is True else optimize)
         own_size = cfg.TEST.AUG.ENABLED  # the views are made of the image as it is
         return cls(
@@ -170,6 +174,7 @@ class Predictor:
             max_size=cfg.INPUT.MAX_SIZE_TEST,
             resize_rounding=cfg.INPUT.RESIZE_ROUNDING,
             batch_size=batch_size,
+            compile=compile,
             tile=tile,
             overlap=overlap,
             detections=cfg.TEST.DETECTIONS_PER_IMAGE,
@@ -200,7 +205,7 @@ class Predictor:
             FileNotFoundError: there is no such file.
             UserError: the runtime is not installed, or the file was not written by `export_model`.
         """
-        model = ExportedDetector(path, threads=threads)
+        model = ExportedDetector(path, threads=threads, stretch=True)
         about = model.about
         return cls(
             model,

@@ -23,3 +23,15 @@ def int_tensor(rows: Sequence[Any], device: torch.device) -> Tensor:
         return torch.tensor(nested, dtype=torch.int64).to(device, non_blocking=True)
     stacked = [int_tensor(row, device) if isinstance(row, list) else torch.as_tensor(row) for row in nested]
     return torch.stack([x.to(device, torch.int64) for x in stacked])
+
+
+def at_most(most: int, size: Any) -> Any:
+    """The smaller one, also where the size is not a number yet: a comparison would make it one.
+
+    Args:
+        most: a number.
+        size: an int; one that torch.export or torch.compile keeps open; in torch.jit.trace a tensor of no dimension.
+    """
+    if isinstance(size, Tensor):
+        return size.clamp(max=most)
+    return torch.sym_min(most, size)

@@ -8,6 +8,8 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from detr_family.layers.shapes import at_most
+
 Selection = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -39,7 +41,8 @@ def best_pairs(logits: Tensor, boxes: Tensor, topk: int) -> tuple[Tensor, Tensor
         as `best_class_per_query`.
     """
     num_classes = logits.shape[-1]
-    scores, pair = logits.float().sigmoid().flatten(1).topk(min(topk, logits[0].numel()), dim=1)
+    scores = logits.float().sigmoid().flatten(1)
+    scores, pair = scores.topk(at_most(topk, scores.shape[1]), dim=1)
     query = pair // num_classes
     return scores, pair % num_classes, boxes.gather(1, query[..., None].expand(-1, -1, 4))
 

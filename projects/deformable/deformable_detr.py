@@ -30,6 +30,7 @@ from typing_extensions import Unpack
 
 from detr_family.layers.boxes import inverse_sigmoid
 from detr_family.layers.position_encoding import sine_of_coordinates
+from detr_family.layers.shapes import at_most
 from detr_family.modeling.conditional_detr import focal_arguments
 from detr_family.modeling.criterion import SetCriterion
 from detr_family.modeling.deformable import (
@@ -339,7 +340,7 @@ class DeformableTransformer(nn.Module):
         scores = logits[..., -1].detach().float()
         least = scores.masked_fill(~usable, torch.inf).amin(1, keepdim=True)
         scores = torch.where(usable, scores, least)
-        chosen = scores.topk(min(num_queries, scores.shape[1]), 1).indices
+        chosen = scores.topk(at_most(num_queries, scores.shape[1]), 1).indices
         reference = boxes.gather(1, chosen[..., None].expand(-1, -1, 4)).detach().sigmoid()
         # x, y, w, h: the function has y first.
         encoding = sine_of_coordinates(reference[..., [1, 0, 2, 3]], self.dim // 2, temperature=10000.0)

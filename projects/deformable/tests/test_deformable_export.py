@@ -1,0 +1,61 @@
+"""This project's detectors as files that run without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from detectron2.config import CfgNode
+from exporting import SIZES, agree, build, exported
+from test_deformable_detectors import DETECTORS, deformable
+
+from detr_family.commands.export_model import command
+from detr_family.inference.exported import ExportedDetector
+
+
+def two_stage_dab(cfg: CfgNode) -> None:
+    deformable(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "TwoStageDABDeformableDETR"
+
+
+FORMS = {**DETECTORS, "TwoStageDABDeformableDETR": two_stage_dab}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known() -> Iterator[None]:
+    tiny.DETECTORS.update(FORMS)
+    yield
+    for name in FORMS:
+        del tiny.DETECTORS[name]
+
+
+def test_the_command_knows_the_project(tmp_path: Path) -> None:
+    name = "DeformableDETR two-stage"
+    model = build(name)
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    (tmp_path / "config.yaml").write_text(tiny.cfg_of(name).dump())
+    output = tmp_path / "model.ts"
+    words = ["--import", "projects.deformable", "--config-file", str(tmp_path / "config.yaml")]
+    words += ["--weights", str(tmp_path / "weights.pth"), "--format", "torchscript", "--output", str(output)]
+    assert command([*words, "--size", "96", "112"]) == 0
+    assert ExportedDetector(output).about["detector"] == "DeformableDETR"
+    agree(model, output, SIZES, [1, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["torchscript", "onnx", "openvino", "torch_export"])
+@pytest.mark.parametrize("name", FORMS)
+def test_all_formats(name: str, format: str, tmp_path: Path) -> None:
+    if (name, format) == ("DeformableDETR two-stage", "torchscript"):
+        pytest.skip("see above")
+    model, path = exported(name, format, tmp_path)
+    agree(model, path, SIZES, [1, 3])
+
+
+@pytest.mark.slow
+def test_compiled_ahead_of_time(tmp_path: Path) -> None:
+    model, path = exported("DeformableDETR two-stage", "aoti", tmp_path)
+    agree(model, path, [(64, 80)], [1, 3])
