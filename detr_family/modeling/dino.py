@@ -192,6 +192,7 @@ class DINO(SetDetector):
             groups=groups,
         )
 
+    @torch.compiler.disable  # numbers drawn, sizes by the images' boxes
     def make_groups(self, targets: Targets) -> DenoisingGroups | None:
         """The ground truth with noise (section 3.3); None where denoising is "none"."""
         if self.denoising == "none":

@@ -121,6 +121,7 @@ class DNDETR(SetDetector):
         prediction = SetPrediction(layer_logits=self.class_embed(decoded), layer_boxes=boxes.sigmoid())
         return split_prediction(prediction, groups)
 
+    @torch.compiler.disable  # numbers drawn, sizes by the images' boxes
     def make_groups(self, targets: Targets) -> DenoisingGroups | None:
         """The ground truth with noise; None where MODEL.DN.GROUPS is 0."""
         patterns = self.transformer.patterns

@@ -173,8 +173,12 @@ class SetDetector(nn.Module):
             prediction = prediction.layers(-1)
         return self.criterion(prediction, targets, self.matcher(prediction, targets))
 
+    @torch.compiler.disable(recursive=False)
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Detectron2's contract for meta-architectures.
+
+        Under torch.compile, what makes tensors of lists and `Instances` of tensors stays Python, as does matching:
+        `detect`, and in training `predict`, are compiled whole.
 
         Args:
             batched_inputs: one dict per image with `image`, a (C, H, W) tensor of values in [0, 255] in
@@ -189,12 +193,34 @@ class SetDetector(nn.Module):
             ValueError: an image without pixels, a label that the detector has no class for, a box that is not
                 finite.
         """
-        images = self.preprocess_image(batched_inputs)
+        images, sizes = self._inputs(batched_inputs)
         if self.training:
-            targets = self.targets(batched_inputs)
-            return self.losses(self.predict(images, targets), targets)
-        sizes = torch.tensor(images.image_sizes) if self.has_padding(images) else None
-        detections = self.detect(images.tensor, None if sizes is None else sizes.to(self.device, non_blocking=True))
+            targets = self._targets(batched_inputs)
+            return self._losses(self.predict(ImageList(images.tensor, sizes), targets), targets)
+        detections = self.detect(images.tensor, sizes)
+        return self._results(batched_inputs, detections, images)
+
+    @torch.compiler.disable
+    def _inputs(self, batched_inputs: list[dict[str, Any]]) -> tuple[ImageList, Any]:
+        """The images, and their sizes as `detect` takes them: as numbers they would be compiled in."""
+        images = self.preprocess_image(batched_inputs)
+        if not self.has_padding(images):
+            return images, None
+        return images, torch.tensor(images.image_sizes).to(self.device, non_blocking=True)
+
+    @torch.compiler.disable
+    def _targets(self, batched_inputs: list[dict[str, Any]]) -> Targets:
+        return self.targets(batched_inputs)
+
+    @torch.compiler.disable
+    def _losses(self, prediction: SetPrediction, targets: Targets) -> dict[str, Tensor]:
+        return self.losses(prediction, targets)
+
+    @torch.compiler.disable
+    def _results(
+        self, batched_inputs: list[dict[str, Any]], detections: tuple[Tensor, Tensor, Tensor], images: ImageList
+    ) -> list[dict[str, Instances]]:
+        """What `detect` found as `Instances` of the size that is asked for."""
         results = []
         for x, instances in zip(batched_inputs, to_instances(*detections, images.image_sizes), strict=True):
             height, width = instances.image_size

@@ -113,6 +113,7 @@ class DNDeformableDETR(SetDetector):
         prediction = SetPrediction(*predict_layers(self.class_embed, self.bbox_embed, decoded, start))
         return split_prediction(prediction, groups)
 
+    @torch.compiler.disable  # numbers drawn, sizes by the images' boxes
     def make_groups(self, targets: Targets) -> DenoisingGroups | None:
         """The ground truth with noise; None where MODEL.DN.GROUPS is 0."""
         num_queries = self.refpoint_embed.num_embeddings
