@@ -5,7 +5,14 @@ background. A detection that finds no object is, by the first that fits: `badly 
 its class), `wrong class` (0.5 or more with an object of another), `duplicate` (0.5 or more with an object that a
 better one has found), `background` (0.1 or less with every object), else `class and place`. An object is `missed`
 where no detection is badly placed on it or takes it for another class. What a kind costs is the AP50 that would be
-gained by mending it alone (section 2.3).
+gained by mending it alone (section 2.3): an object that nothing found is given to the best of the detections that are
+badly placed on it or take it for another class, if that is of the kind; others of the kind go, and so do missed
+objects.
+
+This is what the authors' tidecv computes, but for three things, in which this follows COCO's protocol. Classes without
+objects do not count in the mean; tidecv counts them with an AP of 0 as long as something was taken for them, and so
+gives a lower AP50, and to `wrong class` a higher cost. The recalls are numpy's linspace(0, 1, 101), not n / 100, some
+of which are the next number. Detections in crowd regions are no errors of any kind.
 """
 
 from __future__ import annotations
@@ -151,7 +158,7 @@ def find_errors(
     return Errors(
         threshold,
         ap50,
-        [Kind(kind, _count(images, kind, threshold), _mended(images, count, kind) - ap50) for kind in KINDS],
+        [Kind(k, _count(images, k, threshold), max(_mended(images, count, k) - ap50, 0.0)) for k in KINDS],
         classes,
         [score for score in (_size(images, count, *borders, threshold) for borders in pairwise(SIZES)) if score],
         _confusion(images, count, threshold),
@@ -236,10 +243,16 @@ def _mean(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else float("nan")
 
 
-def _mean_precision(scores: list[list[float]], right: list[list[bool]], objects: np.ndarray) -> float:
-    """The mean of AP50 over classes with objects; scores and right by class."""
-    parts = zip(scores, right, objects, strict=True)
-    return _mean([_average_precision(np.asarray(s), np.asarray(r, bool), int(n)) for s, r, n in parts])
+def _mean_precision(
+    scores: list[list[float]], right: list[list[bool]], objects: np.ndarray, before: np.ndarray | None = None
+) -> float:
+    """The mean of AP50 over classes with objects; scores and right by class.
+
+    One that had objects `before` and has none any more counts as 0.
+    """
+    parts = zip(scores, right, objects, objects if before is None else before, strict=True)
+    return _mean([_average_precision(np.asarray(s), np.asarray(r, bool), int(n)) if n or not b else 0.0
+                  for s, r, n, b in parts])  # fmt: skip
 
 
 def _detections(images: Sequence[_Image], number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -286,24 +299,28 @@ def _count(images: Sequence[_Image], kind: str, threshold: float) -> int:
 
 
 def _mended(images: Sequence[_Image], count: int, kind: str) -> float:
-    """AP50 with one kind of error mended: a detection becomes right where its object is free, else it goes."""
+    """AP50 with one kind of error mended; see the module."""
     scores: list[list[float]] = [[] for _ in range(count)]
     right: list[list[bool]] = [[] for _ in range(count)]
-    objects = np.zeros(count, np.int64)
+    objects, before = np.zeros(count, np.int64), np.zeros(count, np.int64)
     for image in images:
+        before += np.bincount(image.true_classes, minlength=count)[:count]
         there = image.true_classes if kind != "missed" else image.true_classes[~_missed(image)]
         objects += np.bincount(there, minlength=count)[:count]
         taken = {int(t) for k, t in zip(image.kinds, image.targets, strict=True) if k == _RIGHT}
+        best: dict[int, int] = {}  # detection for each object that nothing found
+        for i, target in enumerate(image.targets.tolist()):
+            if target >= 0 and target not in taken:
+                best.setdefault(target, i)
         for i, own in enumerate(image.kinds):
             number, target, is_right = int(image.classes[i]), int(image.targets[i]), own == _RIGHT
-            if own == _IGNORED or (own == kind and (target < 0 or target in taken)):
+            if own == _IGNORED or (own == kind and best.get(target) != i):
                 continue
             if own == kind:
                 number, is_right = int(image.true_classes[target]), True
-                taken.add(target)
             scores[number].append(float(image.scores[i]))
             right[number].append(is_right)
-    return _mean_precision(scores, right, objects)
+    return _mean_precision(scores, right, objects, before)
 
 
 def _size(images: Sequence[_Image], count: int, low: float, high: float, threshold: float) -> SizeScore | None:

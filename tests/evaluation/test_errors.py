@@ -81,8 +81,10 @@ def test_what_a_kind_costs_is_what_mending_it_gains() -> None:
         costs = {k.name: k.cost for k in found.kinds}
         assert found.ap50 + costs[kind] == pytest.approx(100), kind
         assert [name for name in KINDS if costs[name] > 1e-9] == [kind]
-    missed = judged(annotations, [said(1, 0, 0.9)])
-    assert missed.ap50 == pytest.approx(50) and missed.kinds[-1].cost == pytest.approx(50)
+    missed = judged([*annotations, truth(1, 300)], [said(1, 0, 0.9), said(2, 200, 0.8)])
+    assert missed.ap50 == pytest.approx(50 + 25 + 50 / 202) and missed.ap50 + missed.kinds[-1].cost == pytest.approx(
+        100
+    )
 
 
 def test_confusions_count_every_object_and_every_detection_once() -> None:
@@ -141,6 +143,31 @@ def test_ap50_is_pycocotools_and_the_rest_adds_up(seed: int) -> None:
     assert found.confusion[:-1].sum() == objects == sum(size.objects for size in found.sizes)
     assert sum(row[1] for row in found.images) == objects
     assert all(kind.cost > -1e-9 for kind in found.kinds if kind.name not in ("wrong class", "badly placed"))
+
+
+def test_costs_are_those_of_the_authors_tool() -> None:
+    """An object that nothing found goes to the best detection on it, of either kind; a class may lose all objects."""
+    there = [truth(1, 0), truth(0, 100), truth(0, 200), truth(2, 700)]
+    results = [
+        said(1, 200, 0.95),
+        said(1, 0, 0.9),
+        said(2, 20, 0.8),
+    ]  # right, a dog taken for a cat, badly placed on it
+    found = judged(there, results)
+    half = 100 * 51 / 101  # of a class with one of two found, first
+    assert found.ap50 == pytest.approx(half / 3)
+    costs = {kind.name: kind.cost for kind in found.kinds}
+    assert costs == pytest.approx(
+        {
+            "wrong class": 100 / 3,  # the dog has all
+            "badly placed": 0,  # the dog is not its to have
+            "class and place": 0,
+            "duplicate": 0,
+            "background": 0,
+            "missed": (100 - half) / 3,  # of the cats; the bird, missed too, leaves a class without objects that counts
+        },
+        abs=1e-9,
+    )
 
 
 def test_thresholds_are_where_f1_is_highest() -> None:
