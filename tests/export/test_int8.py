@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from exporting import NAMES, SIZE, exported, spread
 from PIL import Image
-from test_export import NAMES, SIZE, exported, spread
 
 from detr_family.commands.export_model import calibration_images
 from detr_family.errors import UserError
