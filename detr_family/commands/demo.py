@@ -252,30 +252,35 @@ def run_video(
         results.failed.append((str(video), f"The video {video} is damaged: {frames} of {total} frames could be read."))
 
 
+def add_detector(parser: argparse.ArgumentParser) -> None:
+    """The options that say which detector looks at images, and how."""
+    parser.add_argument(
+        "--config-file", default="", metavar="FILE",
+        help="the config.yaml of a training, or a name: dn_detr_r50; not needed with an exported file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="the checkpoint: a file, an address (https://, hf://owner/model) or a name of the model zoo; or a file of "
+        "tools/export_model.py; by default MODEL.WEIGHTS of the config",
+    )
+    parser.add_argument("--tile", type=int, default=0, metavar="PIXELS", help="look at larger images in tiles, too")
+    parser.add_argument("--overlap", type=float, default=0.2, help="share of a tile that its neighbour has, too")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of demo.py; its names are those of Detectron2's demo."""
     result = OptionsParser(
         description="Finds objects in images and videos, draws them, and writes COCO-format JSON.",
         epilog="Exit status: 0, 1 where something could not be read (the rest was done), 2 where nothing was done.",
     )
-    result.add_argument(
-        "--config-file", default="", metavar="FILE",
-        help="the config.yaml of a training, or a name: dn_detr_r50; not needed with an exported file",
-    )  # fmt: skip
-    result.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="the checkpoint: a file, an address (https://, hf://owner/model) or a name of the model zoo; or a file of "
-        "tools/export_model.py; by default MODEL.WEIGHTS of the config",
-    )
+    add_detector(result)
     result.add_argument("--input", required=True, nargs="+", metavar="PATH", help="images, folders, globs, videos")
     result.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for what is written")
     result.add_argument(
         "--confidence-threshold", type=float, default=0.5, help="least score of what is drawn and written"
     )
     result.add_argument("--batch-size", type=int, default=1, help="images that go through the model together")
-    result.add_argument("--tile", type=int, default=0, metavar="PIXELS", help="look at larger images in tiles, too")
-    result.add_argument("--overlap", type=float, default=0.2, help="share of a tile that its neighbour has, too")
     add_import(result)
     result.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs of the configuration")
     return result

@@ -18,7 +18,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from detr_family.commands.demo import NO_CV2, category_ids, say_what_failed
+from detr_family.commands.demo import NO_CV2, add_detector, category_ids, say_what_failed
 from detr_family.config import load_config
 from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
@@ -39,15 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "interrupted goes on where it stopped when it is started again.",
         epilog="Exit status: 0, 1 where something could not be read (the rest was done), 2 where nothing was done.",
     )
-    result.add_argument(
-        "--config-file", default="", metavar="FILE",
-        help="the config.yaml of a training, or a name: dn_detr_r50; not needed with an exported file",
-    )  # fmt: skip
-    result.add_argument(
-        "--weights", metavar="FILE",
-        help="the checkpoint: a file, an address or a name of the model zoo; or a file of tools/export_model.py; by "
-        "default MODEL.WEIGHTS of the config",
-    )  # fmt: skip
+    add_detector(result)
     result.add_argument(
         "--input", nargs="+", metavar="PATH",
         help="images, videos, folders and all below them, globs, lists (.txt), COCO files (.json)",
@@ -58,8 +50,6 @@ def parser() -> argparse.ArgumentParser:
         "--confidence-threshold", type=float, default=0.5, help="least score of what is written; 0 for an evaluation"
     )
     result.add_argument("--batch-size", type=int, default=1, help="images of one size that share a pass, at most")
-    result.add_argument("--tile", type=int, default=0, metavar="PIXELS", help="look at larger images in tiles, too")
-    result.add_argument("--overlap", type=float, default=0.2, help="share of a tile that its neighbour has, too")
     result.add_argument("--num-workers", type=int, default=2, help="data workers of each process")
     result.add_argument("--num-processes", type=int, default=1, help="on this machine, a GPU each; or use torchrun")
     result.add_argument(
