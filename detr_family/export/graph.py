@@ -50,7 +50,7 @@ class DetectionGraph(nn.Module):
         model = self.model
         batch, _, height, width = images.shape
         pixels = images.flip(1) if self.flip else images
-        pixels = (pixels.float() - model.pixel_mean) / model.pixel_std
+        pixels = model.normalize(pixels)
         if sizes is None:  # fixed: numbers also while tracing
             scores, labels, boxes = model.detect(pixels, None)
             sizes = torch.tensor([(int(height), int(width))] * int(batch), device=images.device)

@@ -60,12 +60,17 @@ def optimize(model: SetDetector, *, precision: str = "float32") -> SetDetector:
         The same model, in evaluation mode.
 
     Raises:
-        ValueError: a model elsewhere than on the CPU, or another precision.
+        ValueError: a model elsewhere than on the CPU or with other weights than float32, or another precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it may be {' or '.join(map(repr, PRECISIONS))}")
     if model.device.type != "cpu":
         raise ValueError(f"the detector is on {model.device}; it is prepared for the CPU: call .cpu() first")
+    if model.dtype != torch.float32:
+        raise ValueError(
+            f"the detector's weights are {model.dtype}; it is prepared from float32: leave out .half(), .bfloat16() or "
+            ".double(), and set precision"
+        )
     model.eval()
     if not kernels_work():
         _logger.info("This torch has not oneDNN's prepacked operators: the detector stays as it is.")

@@ -191,7 +191,7 @@ class ConditionalDecoder(nn.Module):
                 content,
                 memory,
                 object_queries=object_queries,
-                spatial_query=spatial_query,
+                spatial_query=spatial_query.to(memory_position.dtype),
                 memory_position=memory_position,
                 padding=padding,
                 blocked=None,

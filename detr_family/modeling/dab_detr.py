@@ -326,8 +326,8 @@ class DABDecoder(nn.Module):
             content = layer(
                 content,
                 memory,
-                object_queries=self.ref_point_head(encoding),
-                spatial_query=place,
+                object_queries=self.ref_point_head(encoding.to(memory_position.dtype)),
+                spatial_query=place.to(memory_position.dtype),
                 memory_position=memory_position,
                 padding=padding,
                 blocked=blocked,

@@ -111,13 +111,15 @@ class MaskedGroupNorm(nn.GroupNorm):
         """(B, C, H, W), and (B, H, W) bool with True = padding that does not count -> (B, C, H, W)."""
         if mask is None:
             return super().forward(x)
-        valid = (~mask)[:, None, None].to(x.dtype)  # B x 1 x 1 x H x W
+        valid = (~mask)[:, None, None]  # B x 1 x 1 x H x W
         groups = x.unflatten(1, (self.num_groups, -1))  # B x G x C/G x H x W
+        if x.dtype.itemsize < 4:  # float16 ends at 65504, fewer than there may be pixels
+            groups = groups.float()
         count = valid.sum((2, 3, 4), keepdim=True) * groups.shape[2]
         mean = (groups * valid).sum((2, 3, 4), keepdim=True) / count
         variance = ((groups - mean).square() * valid).sum((2, 3, 4), keepdim=True) / count
         x = ((groups - mean) * (variance + self.eps).rsqrt()).flatten(1, 2)
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
+        return (x * self.weight[:, None, None] + self.bias[:, None, None]).to(self.weight.dtype)
 
 
 class LevelProjection(nn.Sequential):
@@ -215,7 +217,7 @@ def level_tokens(detector: Any, images: ImageList) -> dict[str, Any]:
     encodings = [detector.position_encoding(mask) for mask in masks]
     return {
         "tokens": flatten_levels(maps),
-        "position": level_position(encodings, detector.transformer.level_embed),
+        "position": level_position(encodings, detector.transformer.level_embed).to(images.tensor.dtype),
         "levels": Levels.from_masks(masks, padded=padded),
     }
 

@@ -134,7 +134,7 @@ def map_tokens(detector: Any, images: ImageList) -> dict[str, Tensor | None]:
     mask = detector.level_mask(detector.padding_mask(images), feature)  # B x H x W
     return {
         "tokens": detector.input_proj(feature).flatten(2).transpose(1, 2),
-        "position": detector.position_encoding(mask).flatten(1, 2),
+        "position": detector.position_encoding(mask).flatten(1, 2).to(images.tensor.dtype),
         "padding": mask.flatten(1) if detector.has_padding(images) else None,
     }
 

@@ -466,7 +466,7 @@ class DINODecoder(nn.Module):
             content = layer(
                 content,
                 memory,
-                position=self.ref_point_head(encoding),
+                position=self.ref_point_head(encoding.to(self.norm.weight.dtype)),
                 reference=reference,
                 levels=levels,
                 blocked=blocked,

@@ -112,6 +112,7 @@ class SetDetector(nn.Module):
         self.topk = topk
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self._pixel_statistics = (tuple(pixel_mean), tuple(pixel_std))
         self.allow_partial_weights = False
         self.register_load_state_dict_pre_hook(refuse_half_a_checkpoint)
         self._to_freeze = tuple(freeze)
@@ -191,10 +192,11 @@ class SetDetector(nn.Module):
 
         Raises:
             ValueError: an image without pixels, a label that the detector has no class for, a box that is not
-                finite.
+                finite, training in 16 bits.
         """
         images, sizes = self._inputs(batched_inputs)
         if self.training:
+            self._check_trainable()
             targets = self._targets(batched_inputs)
             return self._losses(self.predict(ImageList(images.tensor, sizes), targets), targets)
         detections = self.detect(images.tensor, sizes)
@@ -274,11 +276,38 @@ class SetDetector(nn.Module):
         """Where the images go."""
         return self.pixel_mean.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, as `half`, `bfloat16`, `double` and `to` set it; images are handed on in it.
+
+        Positions, references and boxes are computed in float32 whatever it is.
+        """
+        return self.pixel_mean.dtype
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """(..., C, H, W) values in [0, 255] -> the same, normalised in float32 or better, in the model's type."""
+        mean, std = self.pixel_mean, self.pixel_std
+        if self.dtype.itemsize < 4:  # 123.675 is 123.5 in bfloat16
+            mean, std = (pixels.new_tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in self._pixel_statistics)
+        return ((pixels.to(mean.dtype) - mean) / std).to(self.dtype)
+
+    def _check_trainable(self) -> None:
+        """Refuse weights of 16 bits: a step of the learning rate is lost in their rounding.
+
+        Raises:
+            ValueError: the weights have 16 bits.
+        """
+        if self.dtype.itemsize < 4:
+            raise ValueError(
+                f"the detector's weights are {self.dtype}, too coarse for the steps of a training: call model.float(), "
+                "and for mixed precision set SOLVER.AMP.ENABLED True (or run it under torch.autocast)"
+            )
+
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
         """Normalise the images and pad them with zeros, at the right and below, to one size.
 
         Returns:
-            `ImageList` whose tensor is (B, C, H, W) float32.
+            `ImageList` whose tensor is (B, C, H, W) in the model's type.
 
         Raises:
             ValueError: an image without pixels or with another number of channels.
@@ -293,8 +322,7 @@ class SetDetector(nn.Module):
                     f"{x.get('file_name', 'an image')} has shape {tuple(image.shape)}; "
                     f"({len(self.pixel_mean)}, height, width) with at least one pixel is needed"
                 )
-            image = image.to(self.device, non_blocking=True)
-            images.append((image.float() - self.pixel_mean) / self.pixel_std)
+            images.append(self.normalize(image.to(self.device, non_blocking=True)))
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
     @staticmethod

@@ -247,11 +247,13 @@ class DABDeformableDecoder(nn.Module):
         dim = memory.shape[-1]
         anchor = anchors.float().sigmoid()
         outputs, starts = [], [inverse_sigmoid(anchor, EPS)]
+        first: Any = self.layers[0]
+        dtype = first.norm1.weight.dtype
         for i, layer in enumerate(self.layers):
             reference = levels.on_levels(anchor)  # B x Q x L x 4
             place = anchor if self.ignore_padding else reference[:, :, 0]
             encoding = sine_of_coordinates(place, dim // 2, temperature=10000.0)  # B x Q x 2D: y, x, w, h
-            position = self.ref_point_head(encoding)
+            position = self.ref_point_head(encoding.to(dtype))
             if i > 0:
                 position = position * self.query_scale(content)
             content = layer(

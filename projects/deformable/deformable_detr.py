@@ -344,7 +344,7 @@ class DeformableTransformer(nn.Module):
         reference = boxes.gather(1, chosen[..., None].expand(-1, -1, 4)).detach().sigmoid()
         # x, y, w, h: the function has y first.
         encoding = sine_of_coordinates(reference[..., [1, 0, 2, 3]], self.dim // 2, temperature=10000.0)
-        position, content = self.pos_trans_norm(self.pos_trans(encoding)).chunk(2, -1)
+        position, content = self.pos_trans_norm(self.pos_trans(encoding.to(features.dtype))).chunk(2, -1)
         return content, position, reference, SetPrediction(logits[None], boxes.sigmoid()[None])
 
 

@@ -140,6 +140,8 @@ def test_what_cannot_be_is_said() -> None:
     model = tiny.build("DETR")
     with pytest.raises(ValueError, match="precision is 'int4'; it may be 'float32' or 'bfloat16'"):
         optimize(model, precision="int4")
+    with pytest.raises(ValueError, match=r"weights are torch\.bfloat16; it is prepared from float32"):
+        optimize(tiny.build("DETR").bfloat16())
 
 
 def test_a_prepared_detector_is_for_nothing_else(packed: bool) -> None:

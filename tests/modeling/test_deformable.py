@@ -178,3 +178,16 @@ def test_matrices_start_from_xaviers_values_and_offsets_from_their_ring() -> Non
     assert layer.self_attn.sampling_offsets.weight.abs().max() == 0
     assert layer.self_attn.sampling_offsets.bias.abs().max() == 2
     assert layer.linear1.weight.abs().max() <= (6 / (16 + 24)) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_more_pixels_than_float16_counts_are_normalised_alike(dtype: torch.dtype) -> None:
+    norm = MaskedGroupNorm(2, 16)
+    x = 3 + 20 * torch.randn(1, 16, 120, 110)  # 105600 values of a group
+    mask = torch.zeros(1, 120, 110, dtype=torch.bool)
+    mask[:, 100:] = True
+    with torch.no_grad():
+        expected = norm(x, mask)
+        found = norm.to(dtype)(x.to(dtype), mask)
+    assert found.dtype == dtype
+    assert (found.float() - expected).abs().max() < 4 * torch.finfo(dtype).eps

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from torch import Tensor
 
 from detr_family.checkpoint import DETRCheckpointer
 
@@ -191,6 +193,48 @@ def test_mixed_precision_keeps_boxes_and_losses_in_float32(name: str) -> None:
     assert prediction.boxes.dtype == torch.float32 and prediction.logits.dtype == torch.bfloat16
     assert all(x.dtype == torch.float32 for x in losses.values())
     assert sum(losses.values()).item() == pytest.approx(sum(plain.values()), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_another_type_predict_the_same(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build(name).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # away from initial zeros, behind which nothing is felt
+            p.add_(0.05 * torch.randn_like(p))
+    chosen: dict[str, Any] = {}  # the encoder's tokens, where there is a choice: rounding may make it another one
+    top = Tensor.topk
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(Tensor, "topk", lambda *a, **k: chosen["at"] if chosen else chosen.setdefault("at", top(*a, **k)))
+        expected = model.predict(model.preprocess_image(tiny.batch()))
+        same = model.to(dtype).predict(model.preprocess_image(tiny.batch()))
+    eps = max(torch.finfo(dtype).eps, 1e-5)
+    assert same.logits.dtype == dtype and same.boxes.dtype == torch.float32
+    assert (same.boxes - expected.boxes).abs().max() < eps
+    assert (same.logits.float() - expected.logits).abs().max() < 10 * eps
+    with torch.no_grad():
+        found = [x["instances"] for x in model(tiny.batch())]
+    assert all(x.scores.dtype == x.pred_boxes.tensor.dtype == torch.float32 and len(x) for x in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_training_of_weights_of_16_bits_is_refused(name: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=rf"weights are {dtype}.*SOLVER\.AMP\.ENABLED"):
+        tiny.build(name).to(dtype).train()(tiny.batch())
+
+
+def test_training_of_weights_of_64_bits_is_the_same(name: str) -> None:
+    plain = tiny.quiet(name).train()
+    precise = tiny.quiet(name).double().train()
+    torch.manual_seed(0)
+    expected = plain(tiny.batch())
+    torch.manual_seed(0)
+    losses = precise(tiny.batch())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float64 for p in precise.parameters() if p.requires_grad)
+    for key, value in expected.items():
+        assert losses[key].item() == pytest.approx(value.item(), rel=1e-4), key
 
 
 def test_an_existing_detectron2_script_can_predict(name: str, tmp_path: Path) -> None:

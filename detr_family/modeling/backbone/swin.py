@@ -6,6 +6,7 @@ What differs from Detectron2's class:
 - No padding of the images is asked for: the patches and windows pad themselves, as in the papers' releases.
 - Stochastic depth is torchvision's, so that it needs no further package.
 - The index of relative positions, which follows from the window's size, is not part of a checkpoint.
+- The mask of shifted windows, which is float32 there, has the weights' type: a Swin of 16 bits can run.
 
 Parameter names are Detectron2's, which are those of the papers' releases and of the ImageNet weights.
 """
@@ -81,6 +82,7 @@ class Swin(SwinTransformer):
         for block, rate in zip(blocks, rates, strict=True):
             index = block.attn.relative_position_index
             block.attn.register_buffer("relative_position_index", index, persistent=False)
+            block.attn.register_forward_pre_hook(_mask_in_weights_type, with_kwargs=True)
             if rate > 0:
                 block.drop_path = StochasticDepth(rate, "row")
 
@@ -94,3 +96,9 @@ class Swin(SwinTransformer):
         super().train(mode)
         self._freeze_stages()
         return self
+
+
+def _mask_in_weights_type(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before a window's attention: `mask` in the type of its weights."""
+    mask = kwargs.get("mask")
+    return args, kwargs if mask is None else {**kwargs, "mask": mask.to(attention.qkv.weight.dtype)}

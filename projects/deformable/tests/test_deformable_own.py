@@ -103,3 +103,18 @@ def test_denoising_changes_no_matching_query() -> None:
     torch.testing.assert_close(with_groups.logits, without.logits, rtol=1e-4, atol=1e-5)
     losses = model(inputs)
     assert {"loss_ce_dn", "loss_bbox_dn_0", "loss_giou_dn"} <= losses.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_two_stages_with_anchors_run_in_weights_of_another_type(dtype: torch.dtype) -> None:
+    cfg = cfg_of("DABDeformableDETR")
+    cfg.MODEL.META_ARCHITECTURE = "TwoStageDABDeformableDETR"
+    torch.manual_seed(11)
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        expected = model(tiny.batch())
+        found = model.to(dtype)(tiny.batch())
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(
+            b["instances"].scores, a["instances"].scores, atol=0.2 * torch.finfo(dtype).eps + 1e-6, rtol=0
+        )

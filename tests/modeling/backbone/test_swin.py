@@ -364,3 +364,16 @@ def test_rows_of_classes_go_from_objects365_to_coco_by_name(tmp_path: Path) -> N
             assert torch.equal(value[0], fresh[name][0]), name
         else:
             assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_of_another_type_give_the_same(cfg: CfgNode, dtype: torch.dtype) -> None:
+    backbone = build(cfg, WINDOW_SIZE=4).eval()
+    image = torch.randn(1, 3, 70, 90)
+    with torch.no_grad():
+        expected = backbone(image)
+        found = backbone.to(dtype)(image.to(dtype))
+    for name, feature in found.items():
+        assert feature.dtype == dtype
+        assert (feature.float() - expected[name]).norm() < 4 * max(torch.finfo(dtype).eps, 1e-6) * expected[name].norm()
