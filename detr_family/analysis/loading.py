@@ -21,6 +21,7 @@ from torchvision.ops import box_convert
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import check_class_count, class_names, load_config, num_classes
+from detr_family.config.ignored import warn_of_ignored
 from detr_family.data.dataset_mapper import DETRDatasetMapper
 from detr_family.data.datasets.coco import register_datasets
 from detr_family.data.images import to_rgb
@@ -36,6 +37,7 @@ def load_cfg(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """
     cfg = load_config(config_file, opts)
     register_datasets(cfg)
+    warn_of_ignored(cfg, but=["SOLVER"])
     cfg.MODEL.TIMM.PRETRAINED = False  # a whole detector's weights follow, or none
     cfg.freeze()
     return cfg

@@ -50,7 +50,16 @@ IGNORED: dict[str, str] = {
 }
 # Read by some backbones only.
 _FPN = {"MODEL.FPN": "only a backbone with a feature pyramid (build_resnet_fpn_backbone) reads it"}
-_RESNETS = {"MODEL.RESNETS": "the backbone is a Swin transformer, set in MODEL.SWIN"}
+_OTHERS = {  # backbones of this package's that do not read MODEL.RESNETS, by MODEL.BACKBONE.NAME
+    "build_swin_backbone": "the backbone is a Swin transformer, set in MODEL.SWIN",
+    "build_timm_backbone": "the backbone is timm's, set in MODEL.TIMM",
+    "build_vit_backbone": "the backbone is a plain ViT, set in MODEL.VIT and MODEL.PYRAMID",
+}
+# What every recipe has from the base that a ResNet's and the others' share.
+_OF_THE_BASE: dict[str, list[object]] = {
+    "MODEL.RESNETS.STRIDE_IN_1X1": [False],
+    "MODEL.RESNETS.OUT_FEATURES": [("res5",), ("res3", "res4", "res5"), ("res2", "res3", "res4", "res5")],
+}
 _NORM = {"SOLVER.CLIP_GRADIENTS.NORM_TYPE": 'the clip type "full_model" takes the L2 norm'}
 
 _told: set[str] = set()
@@ -68,14 +77,14 @@ def ignored_keys(cfg: CfgNode) -> dict[str, str]:
     table = {
         **IGNORED,
         **({} if "fpn" in backbone else _FPN),
-        **(_RESNETS if backbone == "build_swin_backbone" else {}),
+        **({"MODEL.RESNETS": _OTHERS[backbone]} if backbone in _OTHERS else {}),
         **(_NORM if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model" else {}),
     }
     return {
         key: reason
-        for key in _changed(cfg, get_cfg())
+        for key, value in _changed(cfg, get_cfg())
         for reason in [next((text for entry, text in table.items() if f"{key}.".startswith(f"{entry}.")), "")]
-        if reason
+        if reason and value not in _OF_THE_BASE.get(key, [])
     }
 
 
@@ -99,12 +108,12 @@ def warn_of_ignored(cfg: CfgNode, but: Sequence[str] = ()) -> None:
         )
 
 
-def _changed(cfg: CfgNode, default: CfgNode, prefix: str = "") -> Iterator[str]:
+def _changed(cfg: CfgNode, default: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in default.items():
         if isinstance(value, CfgNode):
             yield from _changed(cfg[key], value, f"{prefix}{key}.")
         elif _plain(cfg[key]) != _plain(value):
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", _plain(cfg[key])
 
 
 def _plain(value: object) -> object:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from detectron2.config import CfgNode, get_cfg
 from engine_runs import run_cfg
 from yacs.config import CfgNode as YacsNode
 
+from detr_family.analysis.loading import load_cfg
+from detr_family.checkpoint import DETRCheckpointer
 from detr_family.config import ignored, load_config
 from detr_family.config.ignored import IGNORED, ignored_keys, warn_of_ignored
 from detr_family.engine import Trainer
+from detr_family.inference import Predictor
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Read by Detectron2 or this package, some under conditions (a scheduler, a backbone, precise batch norms).
@@ -108,14 +112,40 @@ def test_it_depends_on_backbone_clipping_and_detector() -> None:
     assert set(ignored_keys(cfg)) == {"MODEL.FPN.OUT_CHANNELS", "SOLVER.CLIP_GRADIENTS.NORM_TYPE"}
     cfg.MODEL.BACKBONE.NAME, cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "build_resnet_fpn_backbone", "norm"
     assert not ignored_keys(cfg)
-    cfg.MODEL.BACKBONE.NAME = "build_swin_backbone"
-    assert "MODEL.RESNETS.DEPTH" in ignored_keys(cfg)
+    for name, group in (("swin", "SWIN"), ("timm", "TIMM"), ("vit", "VIT")):
+        cfg.MODEL.BACKBONE.NAME = f"build_{name}_backbone"
+        assert set(ignored_keys(cfg)) == {"MODEL.FPN.OUT_CHANNELS", "MODEL.RESNETS.DEPTH"}
+        assert f"set in MODEL.{group}" in ignored_keys(cfg)["MODEL.RESNETS.DEPTH"]
+        other = cfg.clone()
+        other.MODEL.RESNETS.OUT_FEATURES = ["res3"]
+        assert "MODEL.RESNETS.OUT_FEATURES" in ignored_keys(other)
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     assert not ignored_keys(cfg)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_our_own_recipes_set_nothing_without_effect(path: Path) -> None:
-    cfg = load_config(str(path))
-    known = {"MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.RESNETS.OUT_FEATURES"}  # of the base that Swin's recipes share
-    assert set(ignored_keys(cfg)) <= (known if "swin" in path.stem else set())
+    assert not ignored_keys(load_config(str(path)))
+
+
+def test_predictions_and_analyses_tell_of_it_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(act: Callable[[], object]) -> list[str]:
+        monkeypatch.setattr(ignored, "_told", set())
+        caplog.clear()
+        act()
+        return [message for message in caplog.messages if "without effect" in message]
+
+    DETRCheckpointer(tiny.build("DETR"), str(tmp_path)).save("model")
+    cfg = tiny.cfg_of("DETR")
+    cfg.merge_from_list(["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.7, "SOLVER.MOMENTUM", 0.8])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    weights = str(tmp_path / "model.pth")
+    for act in (
+        lambda: Predictor.from_config(cfg, weights),
+        lambda: load_cfg(str(tmp_path / "config.yaml"), ["MODEL.WEIGHTS", weights]),
+    ):
+        (message,) = told(act)
+        assert "MODEL.ROI_HEADS.SCORE_THRESH_TEST (the TEST.DETECTIONS_PER_IMAGE best" in message
+        assert "SOLVER" not in message  # nothing is trained
