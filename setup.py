@@ -64,6 +64,7 @@ setup(
         "mlflow": ["mlflow-skinny>=2.14"],
         "clearml": ["clearml>=1.16"],
         "fast-eval": ["faster-coco-eval>=1.6"],  # for evaluations many times as fast
+        "serve": ["fastapi>=0.110", "uvicorn>=0.30"],  # for projects/serving
         "lint": ["ruff>=0.6", "mypy>=1.10"],
     },
 )

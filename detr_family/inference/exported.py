@@ -76,6 +76,7 @@ class ExportedDetector(nn.Module):
         self.path = path
         self.stretch = stretch
         self.flip = input_format == "BGR"
+        self.opened_in = os.getpid()
         self.run, self.about = _open(path, threads)
         self.class_names: list[str] | None = self.about.get("class_names")
         self.num_classes: int = self.about["num_classes"]
@@ -90,8 +91,13 @@ class ExportedDetector(nn.Module):
 
         Raises:
             UserError: an image that is smaller than the file can take, or without `stretch` of another size than the
-                fixed one.
+                fixed one; the file was opened before a fork.
         """
+        if self.opened_in != os.getpid() and self.path.suffix.lower() in (".onnx", ".xml"):
+            raise UserError(
+                f"{self.path.name} was opened in process {self.opened_in}; this one, {os.getpid()}, was forked from it "
+                "without the runtime's threads: open the file in each process, after the fork"
+            )
         fixed: tuple[int, int] | None = self.about["size"] and tuple(self.about["size"])
         images = [self._image(x, fixed) for x in batched_inputs]
         seen: list[tuple[int, int]] = [(image.shape[1], image.shape[2]) for image in images]

@@ -1,0 +1,1 @@
+"""Detection over HTTP; see docs/serving.md."""
