@@ -84,9 +84,18 @@ def check_depth(path: str, remedy: str = "Restore the file.") -> None:
             mode = image.mode
     except Exception as error:  # whatever a damaged header makes the decoder raise
         raise unreadable(path, error, remedy) from error
+    check_mode(mode, path)
+
+
+def check_mode(mode: str, name: str) -> None:
+    """Refuses modes of PIL's with 16 or more bits a channel.
+
+    Raises:
+        ImageError: it is one; the message names the image.
+    """
     if mode.startswith(("I", "F")):
         raise ImageError(
-            f"{path} has more than 8 bits a channel (PIL mode {mode!r}). Convert the images to "
+            f"{name} has more than 8 bits a channel (PIL mode {mode!r}). Convert the images to "
             "8 bits, with the scaling that suits them."
         )
 

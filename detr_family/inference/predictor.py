@@ -25,16 +25,16 @@ from torch import nn
 
 from detr_family.checkpoint import DETRCheckpointer, read_class_names
 from detr_family.config import load_config
+from detr_family.config.ignored import warn_of_ignored
 from detr_family.data.dataset_mapper import ResizeShortestEdge
 from detr_family.data.datasets.coco import register_datasets
-from detr_family.data.images import read_image, to_format
+from detr_family.data.images import to_format
 from detr_family.inference.augmentation import AugmentedDetector, augmented
 from detr_family.inference.exported import ExportedDetector, is_exported
+from detr_family.inference.forking import before_computing
+from detr_family.inference.image_source import Given, ImageSource, is_one, read
 from detr_family.inference.preparing import optimize as prepare
 from detr_family.inference.tiling import merge_tiles, tiles
-
-# A path, or the pixels: (H, W, 3) uint8.
-ImageSource = str | os.PathLike[str] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Prediction:
     """What was found in one image.
 
     Attributes:
-        source: what was given: a path, or the array.
+        source: what was given: a path, an array ...
         image: (H, W, 3) uint8, RGB, turned by its EXIF orientation.
         instances: on the CPU, with pred_boxes (x1, y1, x2, y2 in pixels of `image`), scores in descending
             order and pred_classes.
@@ -94,6 +94,7 @@ class Predictor:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         to_format(np.zeros((1, 1, 3), np.uint8), input_format)  # whether there is such a format
+        before_computing()  # whoever made the model may have used threads
         self.model = model.eval()
         self.class_names = None if class_names is None else list(class_names)
         self.input_format = input_format
@@ -153,6 +154,7 @@ class Predictor:
             cfg = load_config(os.fspath(config), opts)
         if weights is not None:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
+        warn_of_ignored(cfg, but=["SOLVER"])
         cfg.MODEL.TIMM.PRETRAINED = False  # a whole detector's weights follow
         if is_exported(cfg.MODEL.WEIGHTS):
             return cls.from_exported(cfg.MODEL.WEIGHTS, batch_size=batch_size, tile=tile, overlap=overlap)
@@ -218,22 +220,24 @@ class Predictor:
             overlap=overlap,
         )
 
-    def __call__(self, images: ImageSource | Sequence[ImageSource], array_format: str = "BGR") -> Any:
-        """Instances of one image, or a list of them for a list.
+    def __call__(self, images: ImageSource | Iterable[ImageSource], array_format: str = "BGR") -> Any:
+        """Instances of one image, or a list of them for several.
 
         Args:
-            images: a path, an array (H, W, 3) uint8, or a list of such.
+            images: a path, an address, an array (H, W, 3), a tensor (3, H, W), an image of Pillow, bytes, an opened
+                file or a dict of Detectron2's, see `detr_family.inference.image_source.read`; or a list, an iterator or a
+                batch (an array or tensor of four dimensions) of such.
             array_format: channel order of the arrays: "BGR", as cv2 and Detectron2's DefaultPredictor have
-                it, or "RGB".
+                it, or "RGB". Tensors are RGB.
 
         Returns:
             `Instances` on the CPU with pred_boxes (x1, y1, x2, y2 in pixels of the image as it was given),
             scores and pred_classes; see `names` for the classes' names.
 
         Raises:
-            ValueError: an image that cannot be read, an array of another shape or type.
+            ValueError: what is no image, or one that cannot be read.
         """
-        if isinstance(images, (str, os.PathLike, np.ndarray)):
+        if is_one(images):
             return next(self.stream([images], array_format)).instances
         return [prediction.instances for prediction in self.stream(images, array_format)]
 
@@ -246,26 +250,26 @@ class Predictor:
         """Predictions one after the other, for more images than memory holds.
 
         Args:
-            images: paths or arrays, read as they are needed.
+            images: of any of the kinds that a call takes, mixed or not; read as they are needed.
             array_format: channel order of the arrays.
             on_error: called with an image that cannot be read, and why; the rest goes on. By default the
                 error is raised.
         """
         if array_format not in ("RGB", "BGR"):
             raise ValueError(f"array_format is {array_format!r}; it may be 'RGB' or 'BGR'")
-        batch: list[tuple[ImageSource, np.ndarray]] = []
+        batch: list[Given] = []
         for source in images:
             try:
-                image = self._pixels(source, array_format)
+                given = read(source, array_format, self.input_format)
             except ValueError as error:
                 if on_error is None:
                     raise
                 on_error(source, error)
                 continue
-            if batch and image.shape != batch[0][1].shape:
+            if batch and given.key != batch[0].key:
                 yield from self._predict(batch)
                 batch = []
-            batch.append((source, image))
+            batch.append(given)
             if len(batch) == self.batch_size:
                 yield from self._predict(batch)
                 batch = []
@@ -277,20 +281,12 @@ class Predictor:
         numbers = instances.pred_classes.tolist()
         return [f"class {i}" if self.class_names is None else self.class_names[i] for i in numbers]
 
-    def _pixels(self, source: ImageSource, array_format: str) -> np.ndarray:
-        if not isinstance(source, np.ndarray):
-            return read_image(os.fspath(source), "RGB")
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
-            raise ValueError(
-                f"an array of shape {source.shape} and type {source.dtype} is no image: (height, width, 3) of "
-                "uint8 is needed"
-            )
-        return source if array_format == "RGB" else source[:, :, ::-1]
-
-    def _predict(self, batch: Sequence[tuple[ImageSource, np.ndarray]]) -> Iterator[Prediction]:
-        found = self.detect([image for _, image in batch])
-        for (source, image), instances in zip(batch, found, strict=True):
-            yield Prediction(source, np.ascontiguousarray(image), instances)
+    def _predict(self, batch: Sequence[Given]) -> Iterator[Prediction]:
+        entries = [given.entry for given in batch if given.entry is not None]
+        # The detector's own inputs, as all of a batch then are, go through as they are.
+        found = self._run(entries) if entries else self.detect([given.pixels for given in batch])
+        for given, instances in zip(batch, found, strict=True):
+            yield Prediction(given.source, np.ascontiguousarray(given.pixels), instances)
 
     def detect(self, images: Sequence[np.ndarray]) -> list[Instances]:
         """What is found in images (H, W, 3) uint8, RGB, of one size: they share a batch."""
@@ -304,9 +300,12 @@ class Predictor:
         Args:
             inputs: of each image the pixels (C, h, w), and the height and width that the boxes are for.
         """
-        batch = [{"image": torch.as_tensor(x), "height": size[0], "width": size[1]} for x, size in inputs]
+        return self._run([{"image": torch.as_tensor(x), "height": size[0], "width": size[1]} for x, size in inputs])
+
+    def _run(self, inputs: list[dict[str, Any]]) -> list[Instances]:
+        before_computing()
         with torch.no_grad():
-            outputs = self.model(batch)
+            outputs = self.model(inputs)
         return [output["instances"].to("cpu") for output in outputs]
 
     def _in_tiles(self, image: np.ndarray) -> Instances:

@@ -120,15 +120,6 @@ def test_a_image_that_cannot_be_read(weights: Any, image: Path) -> None:
     assert [source for source, _ in failed] == [broken] * 2 and "cannot be read" in failed[0][1]
 
 
-@pytest.mark.parametrize(
-    "array",
-    [np.zeros((4, 5), np.uint8), np.zeros((4, 5, 4), np.uint8), np.zeros((4, 5, 3)), np.zeros((0, 5, 3), np.uint8)],
-)
-def test_arrays_that_are_no_image(array: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"an array of shape .* is no image: \(height, width, 3\) of uint8"):
-        Predictor(tiny.build("DETR"))(array)
-
-
 def test_a_model_alone_will_do() -> None:
     predictor = Predictor(tiny.build("DETR").train(), min_size=64, max_size=96)
     assert not predictor.model.training
@@ -138,6 +129,17 @@ def test_a_model_alone_will_do() -> None:
         Predictor(tiny.build("DETR"), batch_size=0)
     with pytest.raises(ValueError, match="array_format is 'GBR'"):
         predictor(np.zeros((64, 64, 3), np.uint8), array_format="GBR")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_its_model_may_be_cast(dtype: torch.dtype) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
+    predictor = Predictor(tiny.build("DETR"), min_size=64, max_size=96)
+    expected = predictor(array)
+    predictor.model.to(dtype)
+    found = predictor(array)
+    assert torch.equal(found.pred_classes, expected.pred_classes)
+    equal(found, expected, tolerance=max(torch.finfo(dtype).eps, 1e-6))
 
 
 def test_class_names_of_checkpoints(weights: Any, tmp_path: Path) -> None:
