@@ -225,8 +225,8 @@ class Predictor:
 
         Args:
             images: a path, an address, an array (H, W, 3), a tensor (3, H, W), an image of Pillow, bytes, an opened
-                file or a dict of Detectron2's, see `detr_family.inference.image_source.read`; or a list, an iterator or a
-                batch (an array or tensor of four dimensions) of such.
+                file or a dict of Detectron2's, see `detr_family.inference.image_source.read`; or a list, an iterator
+                or a batch (an array or tensor of four dimensions) of such.
             array_format: channel order of the arrays: "BGR", as cv2 and Detectron2's DefaultPredictor have
                 it, or "RGB". Tensors are RGB.
 
