@@ -1,7 +1,7 @@
 """Every command that README and docs print is one that its program takes: flags, keys, values and files are there.
 
-What a command does is run by the tests of its program; here stands that it is written right. One that cannot be looked
-at so has its reason in OTHERS.
+tests/test_commands_run.py executes them. Here stands, in seconds, that they are written right. One that cannot be
+looked at so has its reason in OTHERS.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from printed_commands import COMMANDS, ROOT
 
 from detr_family.analysis import command_line as analysis
 from detr_family.commands import convert_checkpoint, data_check, demo, export_model, predict
 from detr_family.config import load_config
 from detr_family.engine.processes import argument_parser
 from detr_family.inference.exported import is_exported
-
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "projects").glob("*/README.md"))]
 
 # First words of commands that are not ours to check, and why.
 OTHERS = {
@@ -30,21 +28,9 @@ OTHERS = {
     "git": "needs the network",
     "cd": "moves",
     "export": "sets a variable",
+    "uvicorn": "starts a server",
+    "curl": "asks a server",
 }
-
-
-def commands_of(page: Path) -> list[str]:
-    """The commands of a page's bash blocks, lines put together, comments left out."""
-    found = []
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words:
-                found.append(shlex.join(words))
-    return found
-
-
-COMMANDS = [(page, command) for page in PAGES for command in commands_of(page)]
 
 
 def check_config(path: str, opts: list[str]) -> None:

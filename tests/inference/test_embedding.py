@@ -36,7 +36,7 @@ def test_the_snippet_of_the_readme(name: str, tmp_path: Path, monkeypatch: pytes
     folder = Path("output/cells")
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(run_config(name).dump())
-    DETRCheckpointer(tiny.build(name), str(folder), class_names=NAMES).save("model_final")
+    DETRCheckpointer(tiny.build(name), str(folder), class_names=NAMES).save("model_best")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     (code,) = [block for block in blocks if "Predictor" in block]
     space: dict[str, Any] = {"image": np.zeros((40, 60, 3), np.uint8)}
