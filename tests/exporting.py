@@ -56,9 +56,7 @@ def build(name: str, *, resnet: bool = False) -> SetDetector:
     return realistic(build_model(cfg))
 
 
-def exported(
-    name: str, format: str, folder: Path, *, resnet: bool = False, **keys: Any
-) -> tuple[SetDetector, Path]:
+def exported(name: str, format: str, folder: Path, *, resnet: bool = False, **keys: Any) -> tuple[SetDetector, Path]:
     """The named tiny detector and its file, compared while it was written."""
     for package in NEEDED.get(format, ()):
         pytest.importorskip(package)

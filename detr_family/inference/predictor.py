@@ -29,12 +29,13 @@ from detr_family.config.ignored import warn_of_ignored
 from detr_family.data.dataset_mapper import ResizeShortestEdge
 from detr_family.data.datasets.coco import register_datasets
 from detr_family.data.images import to_format
+from detr_family.data.tiling import tiles
 from detr_family.inference.augmentation import AugmentedDetector, augmented
 from detr_family.inference.exported import ExportedDetector, is_exported
 from detr_family.inference.forking import before_computing
 from detr_family.inference.image_source import Given, ImageSource, is_one, read
 from detr_family.inference.preparing import optimize as prepare
-from detr_family.inference.tiling import merge_tiles, tiles
+from detr_family.inference.tiling import merge_tiles
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ for all boxes: it does not tell pieces from whole boxes, nor looks at the image 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,36 +17,6 @@ from torchvision.ops import batched_nms, box_area
 
 _SAME = 0.5  # IoU from which on two boxes are of one object, and share of a piece that lies in another box
 _AT_BORDER = 2.0  # pixels
-
-
-def tiles(height: int, width: int, tile: int, overlap: float) -> list[tuple[int, int, int, int]]:
-    """Tiles that cover an image, evenly spread, as x1, y1, x2, y2.
-
-    Args:
-        height: of the image, pixels.
-        width: of the image, pixels.
-        tile: side of a tile, pixels; one that is longer than the image is cut to it.
-        overlap: share of a tile that its neighbour has, too, at least; in [0, 1).
-
-    Raises:
-        ValueError: a side below 1 or an overlap that cannot be.
-    """
-    if tile < 1:
-        raise ValueError(f"the tile's side is {tile} pixels; it must be at least 1")
-    if not 0 <= overlap < 1:
-        raise ValueError(f"the tiles' overlap is {overlap}; it must be at least 0 and below 1")
-    return [
-        (x, y, x + min(tile, width), y + min(tile, height))
-        for y in _starts(height, tile, overlap)
-        for x in _starts(width, tile, overlap)
-    ]
-
-
-def _starts(length: int, tile: int, overlap: float) -> list[int]:
-    if length <= tile:
-        return [0]
-    count = math.ceil((length - tile) / max(tile * (1 - overlap), 1)) + 1
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
 def merge_tiles(

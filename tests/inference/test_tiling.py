@@ -11,8 +11,9 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from detr_family.data.tiling import tiles
 from detr_family.inference.predictor import Predictor
-from detr_family.inference.tiling import merge_tiles, tiles
+from detr_family.inference.tiling import merge_tiles
 
 
 @pytest.mark.parametrize(
