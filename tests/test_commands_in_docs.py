@@ -16,7 +16,7 @@ import pytest
 from printed_commands import COMMANDS, ROOT
 
 from detr_family.analysis import command_line as analysis
-from detr_family.commands import convert_checkpoint, data_check, demo, export_model, predict
+from detr_family.commands import convert_checkpoint, convert_dataset, data_check, demo, export_model, predict
 from detr_family.config import load_config
 from detr_family.engine.processes import argument_parser
 from detr_family.inference.exported import is_exported
@@ -82,6 +82,10 @@ def check_data(words: list[str]) -> None:
     data_check.parser().parse_args(words)
 
 
+def check_conversion(words: list[str]) -> None:
+    convert_dataset.parser().parse_args(words)
+
+
 def check_make(words: list[str]) -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert words[0] in targets, f"the Makefile has {targets}"
@@ -105,6 +109,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "demo.py": check_demo,
     "tools/predict.py": check_predict,
     "tools/check_dataset.py": check_data,
+    "tools/convert_dataset.py": check_conversion,
     "tools/export_model.py": check_export,
     "tools/convert_checkpoint.py": check_checkpoint,
     "-m detr_family.analysis": check_analysis,

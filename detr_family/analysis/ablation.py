@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-gpus", type=int, default=0, help="of every training, as in train_net.py")
     command_line.add_output(parser)
-    command_line.add_opts(parser)
+    command_line.add_opts(parser, data=False)  # the specification names them
 
 
 def run(args: argparse.Namespace) -> list[Path]:

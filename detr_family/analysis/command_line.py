@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,8 +63,10 @@ def whole_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def add_opts(parser: argparse.ArgumentParser) -> None:
-    """KEY VALUE pairs."""
+def add_opts(parser: argparse.ArgumentParser, *, data: bool = True) -> None:
+    """KEY VALUE pairs, and --data."""
+    if data:
+        parser.add_argument("--data", metavar="DIR", help="a dataset's folder: COCO, YOLO, Pascal VOC or CSV")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="as on train_net.py's command line")
 
 
@@ -91,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        with house_style(), datasets_for_now():
+        with house_style(), datasets_for_now(), tempfile.TemporaryDirectory() as folder:
+            if getattr(args, "data", None):  # what is read anew of it goes into OUTPUT_DIR
+                args.opts = ["DATASETS.FOLDER", args.data, "OUTPUT_DIR", folder, *args.opts]
             written: list[Path] = args.run(args)
     except (OSError, ValueError) as error:
         sys.exit(f"{args.command}: {error}")

@@ -122,7 +122,7 @@ def tiled_split(part: Split, name: str, output: Path, form: TiledForm) -> Split:
                 continue
             path = output / file_name
             path.parent.mkdir(parents=True, exist_ok=True)
-            options = {"quality": 95, "subsampling": 0} if suffix == ".jpg" else {}
+            options: dict[str, Any] = {"quality": 95, "subsampling": 0} if suffix == ".jpg" else {}
             Image.fromarray(pixels[y1:y2, x1:x2]).save(path, **options)
             number = len(images) + 1
             images.append(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from folders import yolo
 from scipy.optimize import linear_sum_assignment
 
 from detr_family.analysis import loading, matching
@@ -33,6 +34,16 @@ def test_more_boxes_than_queries_and_a_weight_of_zero(work: Any) -> None:
     data = json.loads(work.call("matching", "DETR", "--untrained", opts=opts)[2].read_text())
     assert sum(box["query"] is not None for box in data["boxes"]) == 1 < len(data["boxes"])
     assert np.abs(data["parts"]["GIoU"]).max() == 0 < np.abs(data["parts"]["L1"]).max()
+
+
+def test_a_folder_is_enough(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another format, and under another name, than the configuration's datasets."""
+    monkeypatch.chdir(work.folder)
+    folder = yolo(work.folder / "pets", splits={"train": "ab", "val": "a"})
+    named = ("--data", str(folder), "--untrained")
+    opts = ("MODEL.DETR.NUM_CLASSES", "2")
+    data = json.loads(work.call("matching", "DETR", *named, opts=opts)[2].read_text())
+    assert data["picture"] == "a.jpg" and len(data["boxes"]) == 2 and not (work.folder / "run").exists()
 
 
 def test_another_image(work: Any) -> None:
