@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 
+from detr_family.checkpoint import DETRCheckpointer
 from detr_family.inference import Predictor
 from detr_family.modeling.set_detector import SetDetector
 
@@ -92,7 +94,7 @@ def test_training_is_compiled_up_to_the_matcher(name: str) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_a_predictor_compiles_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_predictor_compiles_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "compile", lambda function, **keys: options.append(keys) or function)
     array = tiny.image(50, 60, 0, seed=4)["image"].permute(1, 2, 0).numpy()
@@ -102,7 +104,9 @@ def test_a_predictor_compiles_on_request(monkeypatch: pytest.MonkeyPatch) -> Non
     found = Predictor(tiny.build("DETR"), **size, compile=True)(array)
     assert options == [{"fullgraph": True, "dynamic": True}]
     assert torch.equal(expected.scores, found.scores)
-    predictor = Predictor.from_config(tiny.cfg_of("DETR"), compile=True)
+    cfg = tiny.cfg_of("DETR")
+    DETRCheckpointer(tiny.build("DETR"), str(tmp_path)).save("weights")
+    predictor = Predictor.from_config(cfg, tmp_path / "weights.pth", compile=True)
     assert len(options) == 2 and "detect" in vars(predictor.model)
     with pytest.raises(ValueError, match="ask for one of them"):
-        Predictor.from_config(tiny.cfg_of("DETR"), optimize="float32", compile=True)
+        Predictor.from_config(cfg, tmp_path / "weights.pth", optimize="bfloat16", compile=True)
