@@ -36,7 +36,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     params = [{"params": members, "lr": rate} for rate, members in groups.items()]
     if not params:
         raise ValueError("no parameter is left to train: lower MODEL.BACKBONE.FREEZE_AT, shorten MODEL.DETR.FREEZE")
-    optimizer = AdamW(params, lr=base, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+    # On a CPU torch's default takes a parameter at a time in ten passes over it, four times as long.
+    fused = True if all(p.device.type == "cpu" for group in groups.values() for p in group) else None
+    optimizer = AdamW(params, lr=base, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=fused)
     if clips_full_model(cfg):
         return optimizer
     return maybe_add_gradient_clipping(cfg, optimizer)

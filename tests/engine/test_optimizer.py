@@ -34,6 +34,25 @@ def test_a_learned_spatial_encoding_is_of_the_backbones_group(cfg: CfgNode) -> N
     assert rates[id(model.query_embed.weight)] == pytest.approx(1e-4)
 
 
+def test_on_a_cpu_it_is_torchs_fused_one(cfg: CfgNode) -> None:
+    model, other = tiny.build("DETR"), tiny.build("DETR")
+    optimizer = build_optimizer(cfg, model)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    plain = torch.optim.AdamW(
+        [{"params": g["params"], "lr": g["lr"]} for g in build_optimizer(cfg, other).param_groups],
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+    )
+    for step in range(3):
+        for first, second in zip(model.parameters(), other.parameters(), strict=True):
+            generator = torch.Generator().manual_seed(step)
+            first.grad = torch.randn(first.shape, generator=generator)
+            second.grad = first.grad.clone()
+        optimizer.step()
+        plain.step()
+    for first, second in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-5)
+
+
 def test_everything_frozen_is_refused(cfg: CfgNode) -> None:
     model = tiny.build("DETR").requires_grad_(False)
     with pytest.raises(ValueError, match="FREEZE_AT"):
