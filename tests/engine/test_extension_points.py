@@ -12,12 +12,14 @@ import tiny
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import transforms as T
 from detectron2.engine import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from engine_runs import run_cfg
 
 from detr_family.data.dataset_mapper import DETRDatasetMapper
 from detr_family.data.datasets.coco import check_test_sets, training_dicts
+from detr_family.data.images import read_image
 from detr_family.engine import Trainer
 from detr_family.engine.loader import InParts, TrainLoader
 
@@ -122,6 +124,32 @@ def test_an_own_mapper_in_the_exact_loader_stays_exact(tmp_path: Path, caplog: p
     loader = trainer.data_loader
     assert isinstance(loader, TrainLoader) and loader.seed == trainer.seed
     assert all(x["own"] for x in next(iter(loader)))
+
+
+def test_own_augmentation_by_what_detectron2_overrides(tmp_path: Path) -> None:
+    """Detectron2's mapper with augmentations of one's own: images and boxes are mirrored, and it can be trained on."""
+
+    class Mirrored(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg: CfgNode) -> Any:
+            mirror = T.RandomFlip(prob=1.0, horizontal=True, vertical=False)
+            mapper = DatasetMapper(is_train=True, augmentations=[mirror], image_format=cfg.INPUT.FORMAT)
+            return TrainLoader(cfg, training_dicts(cfg), mapper)
+
+    cfg = run_cfg("DETR", tmp_path, "run", ["SOLVER.MAX_ITER", 1, "SOLVER.STEPS", (), "VIS_REPORT", False])
+    trainer = Mirrored(cfg)
+    records = {record["file_name"]: record for record in training_dicts(cfg)}
+    seen = 0
+    for mapped in next(iter(trainer.data_loader)):
+        record = records[mapped["file_name"]]
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).reshape(-1, 4)
+        left = record["width"] - boxes[:, 0] - boxes[:, 2]  # x, y, width, height
+        torch.testing.assert_close(mapped["instances"].gt_boxes.tensor[:, 0], left.float())
+        image = torch.from_numpy(read_image(mapped["file_name"], cfg.INPUT.FORMAT).copy()).permute(2, 0, 1)
+        assert torch.equal(mapped["image"], image.flip(2))
+        seen += len(boxes)
+    assert seen
+    trainer.train()
 
 
 def test_batches_that_cannot_be_divided_are_told() -> None:

@@ -266,6 +266,27 @@ def test_faults_of_csv_rows_name_file_and_line(tmp_path: Path, row: str, said: s
 # ---- COCO
 
 
+def test_names_of_any_letters_and_case_in_the_other_formats(tmp_path: Path) -> None:
+    """Composed in the annotations, decomposed and with a suffix in upper case on the disk, as between two systems."""
+    name, stored = "Bär Ж.jpg", unicodedata.normalize("NFD", "Bär Ж.JPG")
+    folders = [voc(tmp_path / "voc"), csv_file(tmp_path / "csv"), tmp_path / "coco"]
+    image(folders[2] / "images" / "a.jpg", "a")
+    coco(folders[2] / "train.json", {"a": name})
+    for folder in folders:
+        (path,) = folder.rglob("a.jpg")
+        path.rename(path.with_name(stored))
+    path = folders[0] / "Annotations" / "a.xml"
+    path.write_text(path.read_text().replace("a.jpg", name), encoding="utf-8")
+    path.rename(path.with_name("Bär Ж.xml"))
+    listing = folders[0] / "ImageSets" / "Main" / "train.txt"
+    listing.write_text("Bär Ж\nb\n", encoding="utf-8")
+    rows = folders[1] / "boxes.csv"
+    rows.write_text(rows.read_text().replace("a.jpg", name), encoding="utf-8")
+    for folder in folders:
+        boxes = {unicodedata.normalize("NFC", stem): objects for stem, objects in found(folder).items()}
+        assert boxes["Bär Ж"] == expected("a")["a"], folder
+
+
 def test_coco_in_its_own_layout_is_read_where_it_lies(tmp_path: Path, cfg: CfgNode) -> None:
     for split, stems in {"train2017": "ab", "val2017": "c"}.items():
         for stem in stems:
