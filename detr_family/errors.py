@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from opcode import opmap
@@ -20,7 +23,8 @@ def mistakes() -> Iterator[None]:
     A ValueError that only an operation can have raised, as unpacking does, is a bug and passes as it is.
 
     Raises:
-        UserError: in place of an OSError, and of a ValueError that a `raise` statement made.
+        UserError: in place of an OSError, of a ValueError that a `raise` statement made, and of an AssertionError of
+            Detectron2's, which has them for settings that it refuses.
     """
     try:
         yield
@@ -30,6 +34,15 @@ def mistakes() -> Iterator[None]:
         if isinstance(error, OSError) or _raised(error):
             raise UserError(str(error)) from error
         raise
+    except AssertionError as error:
+        refused = traceback.extract_tb(error.__traceback__)[-1]
+        if not re.search(r"[/\\](detectron2|fvcore)[/\\]", refused.filename):
+            raise
+        setting = " ".join(str(error).split())
+        raise UserError(
+            f"Detectron2 refuses a setting{f' ({setting})' if setting else ''}: in {refused.name} of "
+            f"{os.path.basename(refused.filename)} it has to hold that {(refused.line or '').removeprefix('assert ')}"
+        ) from error
 
 
 def _raised(error: Exception) -> bool:

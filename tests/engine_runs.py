@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,10 @@ def weights_of(path: str) -> dict[str, Tensor]:
     data = torch.load(path, weights_only=True)
     average = {f"ema.{k}": v for k, v in data.get("ema", {}).get("model", {}).items()}
     return {**data["model"], **average}
+
+
+def metrics_of(cfg: CfgNode) -> list[dict[str, str]]:
+    """metrics.json without what a clock measured; as texts, in which NaN equals itself."""
+    lines = (Path(cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
+    clock = ("time", "data_time", "eta_seconds", "rank_data_time")
+    return [{k: repr(v) for k, v in json.loads(line).items() if k not in clock} for line in lines]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from detr_family.checkpoint import formats
 from detr_family.checkpoint.downloads import ZOO, is_address
-from detr_family.checkpoint.files import UNFINISHED, is_whole, load, replacing
+from detr_family.checkpoint.files import UNFINISHED, is_whole, load, replacing, unwritten
 from detr_family.checkpoint.releases import SWIN_INDICES
 from detr_family.checkpoint.rows import CLASS_ROWS, COCO_IDS, COCO_NAMES, match_rows
 from detr_family.checkpoint.transformers import FILES
@@ -46,6 +46,7 @@ class DETRCheckpointer(DetectionCheckpointer):
 
     Attributes:
         resumed: whether the last `resume_or_load` resumed.
+        saved: the `iteration` that the last `save` was given; -1 before it.
     """
 
     def __init__(
@@ -70,11 +71,15 @@ class DETRCheckpointer(DetectionCheckpointer):
         self.class_rows = class_rows
         self.class_names = class_names
         self.resumed = False
+        self.saved = -1
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save the model, the checkpointables and the class names to `save_dir/name.pth`.
 
         A file of that name is there whole or not at all, whenever the process or the machine stops.
+
+        Raises:
+            CheckpointError: the disk is full, the folder gone or read-only. What was saved before is as it was.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -88,9 +93,16 @@ class DETRCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         _logger.info("Saving checkpoint to %s", path)
-        with replacing(path) as file:
-            torch.save(data, file)
-        self.tag_last_checkpoint(f"{name}.pth")
+        try:
+            with replacing(path) as file:
+                torch.save(data, file)
+            self.tag_last_checkpoint(f"{name}.pth")
+        except (OSError, RuntimeError) as error:  # torch's own where the first one was the system's
+            told = unwritten(path, error)
+            if told is None:
+                raise
+            raise told from error
+        self.saved = kwargs.get("iteration", self.saved)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Note the newest checkpoint's name in `save_dir/last_checkpoint`."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from detr_family.errors import UserError
+
 UNFINISHED = ".unfinished"
+
+
+class CheckpointError(UserError, OSError):
+    """A checkpoint that cannot be written; the message says why, and which one is the last."""
 
 
 @contextmanager
@@ -42,12 +50,41 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
+def unwritten(path: str, error: BaseException) -> CheckpointError | None:
+    """The error that says why a checkpoint could not be written; None where it was not for the system.
+
+    Args:
+        path: of the checkpoint.
+        error: what writing it raised, maybe in the handling of the system's own error.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno):
+        cause = cause.__context__
+    if cause is None:
+        return None
+    folder = os.path.dirname(path) or "."
+    why, remedy = os.strerror(cause.errno), "Mend the cause"
+    if not os.path.isdir(folder):
+        why, remedy = f"{folder} is not there any more", "Bring it back"
+    elif cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        why += f", {shutil.disk_usage(folder).free / 1e6:.1f} MB are free"
+        remedy = "Make space (SOLVER.MAX_TO_KEEP keeps fewer checkpoints)"
+    elif cause.errno == errno.EFBIG:
+        remedy = "Have the limit on the size of files raised (ulimit -f)"
+    try:
+        with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as file:
+            last = f"The last whole checkpoint is {file.read().strip()}, and --resume goes on from it"
+    except OSError:
+        last = "--resume goes on from the last whole checkpoint"
+    return CheckpointError(f"the checkpoint {path} cannot be written ({why}). {remedy}. {last}")
+
+
 def is_whole(path: str) -> bool:
     """Whether a file written by torch.save is there and all its checksums are right."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # whatever a damaged file makes zipfile raise
         return False
 
 
@@ -67,18 +104,23 @@ def load(filename: str) -> dict[str, Any]:
             return load_safetensors(filename)
         if filename.endswith(".pkl"):
             return load_pickle(filename)
-        if head.startswith(b"PK") and not zipfile.is_zipfile(filename):
-            raise ValueError("it is cut short, as by a download that broke off: fetch it anew")
+        if head.startswith(b"PK"):
+            if not zipfile.is_zipfile(filename):
+                raise ValueError("it is cut short, as by a download that broke off: fetch it anew")
+            if not is_whole(filename):  # torch does not look at the checksums
+                raise ValueError("it is damaged, its checksums do not agree: fetch it anew")
         return load_torch(filename)
     except SafetensorError as error:
         raise ValueError(f"it is cut short or damaged ({error}): fetch it anew") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError, UnicodeDecodeError, TypeError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file makes its reader raise
         if "mmengine" in str(error) or "mmdet" in str(error):
             raise ValueError(
                 "it is mmdetection's and holds objects of it, which are not loaded: load the weights of the paper's "
                 "authors, of detrex or of transformers"
             ) from error
-        raise ValueError(str(error)) from error
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -19,6 +19,7 @@ from detr_family.config import check_class_count, departures, find_config, load_
 from detr_family.config.ignored import warn_of_ignored
 from detr_family.data.datasets.coco import check_test_sets, register_datasets
 from detr_family.engine import Trainer
+from detr_family.engine.occupation import occupy
 from detr_family.engine.processes import argument_parser, launch
 from detr_family.engine.randomness import run_seed
 from detr_family.errors import mistakes
@@ -34,6 +35,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args.config_file = find_config(args.config_file)  # Detectron2 writes the file into the log
     cfg = load_config(args.config_file, args.opts)
     cfg.DATASETS.FOLDER = args.data or cfg.DATASETS.FOLDER
+    if not args.eval_only:
+        occupy(cfg.OUTPUT_DIR)  # before anything is written there
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_family")
     register_datasets(cfg)
     cfg.SEED = run_seed(cfg.SEED)

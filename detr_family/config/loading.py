@@ -58,7 +58,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     except ValueError as error:
         single = _MISMATCH.search(str(error))
         if single is None:
-            raise
+            raise ValueError(" ".join(str(error).split())) from error
         raise ValueError(
             f"{single['key']} is {single['value']!r}, one text, and must be a tuple, which for one of it needs a "
             f"comma: ('{single['value']}',)"

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from detr_family.data.augmentation import TorchvisionTransforms, scale_jitter
 from detr_family.data.images import ImageError, check_depth, unreadable
+from detr_family.data.workers import outlive_sigterm
 
 _CROP_PROBABILITY = 0.5
 _REMEDY = (
@@ -186,6 +187,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
         mapper.augmentations = T.AugmentationList([])
     if count == 1:
         alone: DataLoader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        alone.worker_init_fn = outlive_sigterm
         return alone
     dicts = get_detection_dataset_dicts([dataset_name], filter_empty=False)
     workers = cfg.DATALOADER.NUM_WORKERS
@@ -196,4 +198,10 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
         record = dicts[index]
         groups[(record["height"], record["width"]) if "height" in record else index].append(index)
     parts = [group[i : i + count] for group in groups.values() for i in range(0, len(group), count)]
-    return DataLoader(loader.dataset, batch_sampler=parts, num_workers=workers, collate_fn=loader.collate_fn)
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=parts,
+        num_workers=workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=outlive_sigterm,
+    )

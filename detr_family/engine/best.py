@@ -50,18 +50,12 @@ class KeepBest(BestCheckpointer):
         self.reference: tuple[float, int] | None = None
         self.stop = False
 
-    def before_train(self) -> None:
-        """What a run that was stopped between a checkpoint and its evaluation has missed is made up for."""
-        done = self.trainer.start_iter
-        if done and done % self._period == 0 and done < self.trainer.max_iter and self.best_iter != done - 1:
-            self.trainer.iter = self.trainer.storage.iter = done - 1
-            for hook in self.trainer._hooks:
-                if isinstance(hook, EvalHook):
-                    hook._do_eval()
+    def make_up(self) -> None:
+        """What a run that was stopped between a checkpoint and the end of its iteration has missed."""
+        if (self.trainer.iter + 1) % self._period == 0:
             self.after_step()
-            self.trainer.iter = self.trainer.storage.iter = done
-        elif done:
-            self._judge(done)
+        else:
+            self._judge(self.trainer.iter + 1)
 
     def after_step(self) -> None:
         """Save the best, and see whether it is time to stop, after an evaluation."""

@@ -6,11 +6,16 @@ import argparse
 import datetime
 import gc
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,8 +26,10 @@ from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessException
 
 from detr_family.config.options import OptionsParser
+from detr_family.engine.interruption import STATUS, ProcessLostError
 from detr_family.errors import UserError, message_of
 
+_LOST = "-lost"  # ends the name of a message of a process that ended because another one had
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -54,29 +61,28 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
             more processes on this machine than it has GPUs.
     """
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
+    logging.raiseExceptions = False  # a log file that cannot be written to, as on a full disk, is no news
     with tempfile.TemporaryDirectory() as folder:
         try:
             if under_torchrun():
                 _join(args)
                 run_and_leave(main, args)
             elif args.num_gpus * args.num_machines > 1:
-                detectron2_launch(
-                    _main_of_several,
-                    args.num_gpus,
-                    num_machines=args.num_machines,
-                    machine_rank=args.machine_rank,
-                    dist_url=args.dist_url,
-                    args=(main, args, folder),
-                )
+                with _passing_on():
+                    detectron2_launch(
+                        _main_of_several,
+                        args.num_gpus,
+                        num_machines=args.num_machines,
+                        machine_rank=args.machine_rank,
+                        dist_url=args.dist_url,
+                        args=(main, args, folder),
+                    )
             else:
                 run_and_leave(main, args)
         except UserError as error:
             _leave(message_of(error))
-        except ProcessException:  # with the traceback of the process that ended first, maybe because another one did
-            messages = sorted(Path(folder).iterdir())
-            if not messages:
-                raise
-            _leave(messages[0].read_text(encoding="utf-8"))
+        except ProcessException as error:  # of the process that ended first, maybe because another one did
+            _leave_several(error, sorted(Path(folder).iterdir()))
 
 
 def under_torchrun() -> bool:
@@ -97,6 +103,42 @@ def _leave(message: str) -> None:
     rank = f", process {comm.get_rank()}" if comm.get_world_size() > 1 else ""
     print(f"{Path(sys.argv[0]).stem}{rank}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _leave_several(error: ProcessException, messages: Sequence[Path]) -> None:
+    """End the launcher as the processes have ended; those that ended because another one had are not the cause."""
+    status, name = getattr(error, "exit_code", 1), getattr(error, "signal_name", None)
+    if status == STATUS or name == "SIGTERM":
+        sys.exit(STATUS)
+    causes = [path for path in messages if not path.name.endswith(_LOST)]
+    if causes:
+        _leave(causes[0].read_text(encoding="utf-8"))
+    if name is not None:
+        _leave(
+            f"process {error.error_index} of this run (process id {error.error_pid}) was ended by {name}, and the "
+            "others with it. SIGKILL is what the system sends where memory runs out. --resume goes on"
+        )
+    if messages:
+        _leave(messages[0].read_text(encoding="utf-8"))
+    raise error
+
+
+@contextmanager
+def _passing_on() -> Iterator[None]:
+    """SIGTERM to the launcher is one to the processes that it has started; it ends after them."""
+
+    def pass_on(_number: int, _frame: FrameType | None) -> None:
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -127,11 +169,24 @@ def run_and_leave(main: Callable[..., Any], *args: Any) -> None:
 def _main_of_several(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, folder: str) -> None:
     """What Detectron2's launcher runs in each process; a UserError's message goes into a file in `folder`."""
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
+    logging.raiseExceptions = False
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         run_and_leave(main, args)
     except UserError as error:
-        Path(folder, f"{comm.get_rank():06d}").write_text(message_of(error), encoding="utf-8")
-        sys.exit(2)
+        lost = _LOST if isinstance(error, ProcessLostError) else ""
+        Path(folder, f"{comm.get_rank():06d}{lost}").write_text(message_of(error), encoding="utf-8")
+        _end(2)
+    except SystemExit as error:
+        _end(error.code if isinstance(error.code, int) else 1)
+
+
+def _end(status: int) -> None:
+    """Leave one of several processes at once: a connection that is still open aborts an interpreter that ends."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _join(args: argparse.Namespace) -> None:

@@ -80,6 +80,7 @@ class TrainStep(SimpleTrainer):
         self.nonfinite = nonfinite
         self.output_dir = output_dir
         self.skipped = 0
+        self.moving = False  # from where the weights begin to change until the trainer says that all has followed
         # Only float16's range needs a scaled loss; otherwise the scaler passes everything through.
         self.scaled = amp and precision == "float16"
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaled)
@@ -119,6 +120,7 @@ class TrainStep(SimpleTrainer):
                 values["gradient norm"] = norm
         # Under float16 the scaler itself leaves out a step whose gradient is not finite, and learns from it.
         if self._finite(values, batch, data_time) or self.scaled:
+            self.moving = True
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
 

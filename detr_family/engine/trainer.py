@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import sys
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
-from detectron2.engine.hooks import CallbackHook, EvalHook
+from detectron2.engine.hooks import CallbackHook, EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -20,6 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from detr_family.checkpoint import DETRCheckpointer
+from detr_family.checkpoint.files import CheckpointError
 from detr_family.config import (
     check_class_count,
     check_registered,
@@ -33,10 +36,22 @@ from detr_family.data.datasets.coco import check_dataset_names, check_test_sets,
 from detr_family.engine.averaging import WeightAverage
 from detr_family.engine.best import EarlyStop, KeepBest, keeping_hooks, remember_checkpoints
 from detr_family.engine.instability import build_instability_hook
+from detr_family.engine.interruption import (
+    STATUS,
+    Interrupted,
+    Listener,
+    ProcessLostError,
+    StorageError,
+    explained,
+    in_flight,
+    wait_for_main,
+)
 from detr_family.engine.loader import InParts, TrainLoader
 from detr_family.engine.loggers import build_loggers, check_loggers
+from detr_family.engine.occupation import is_still_there, leave, occupy
 from detr_family.engine.optimizer import build_optimizer, clips_full_model
 from detr_family.engine.randomness import run_seed
+from detr_family.engine.records import keep_short, make_up, restore, state_of
 from detr_family.engine.schedule import iterations_from_epochs
 from detr_family.engine.step import TrainStep
 from detr_family.engine.watch import watching_hooks
@@ -71,6 +86,7 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer's own __init__ makes its own step, checkpointer and DDP wrapper, and has no place
         # for the dataset's size between the configuration and the schedule.
         TrainerBase.__init__(self)
+        occupy(cfg.OUTPUT_DIR)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_registered(cfg)
         own = {"SOLVER": "build_optimizer", "INPUT": "build_train_loader", "TEST": "build_evaluator"}
@@ -85,6 +101,12 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg = iterations_from_epochs(cfg, len(dataset))
         self.seed = run_seed(cfg.SEED)
         self.images = 0  # taken by all processes
+        self.evaluated = -1  # the last iteration that was
+        self.settled = -1  # the last iteration whose state is complete
+        self._records: dict[str, Any] = {}
+        self._outer: BaseException | None = None
+        this = weakref.proxy(self)
+        self._listener = Listener(lambda: bool(this._trainer.moving))
         _logger.info("The seed of this run is %d; SEED %d repeats it", self.seed, self.seed)
 
         model = self.build_model(cfg)
@@ -151,10 +173,14 @@ class Trainer(DefaultTrainer):
         """Detectron2's; the average moves before it is saved, and is evaluated whenever the weights are."""
         hooks: list[HookBase] = super().build_hooks()
         average = self.average
+        saving = [i for i, hook in enumerate(hooks) if isinstance(hook, (PeriodicCheckpointer, EvalHook))]
+        hooks.insert(saving[0] if saving else len(hooks), CallbackHook(after_step=Trainer._settle))
         if average is not None:
             hooks.insert(1, CallbackHook(after_step=lambda trainer: average.update()))
             after_evaluation = 1 + max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
             hooks.insert(after_evaluation, EvalHook(self.cfg.TEST.EVAL_PERIOD, self.test_average))
+        after_evaluation = 1 + max((i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook)), default=-1)
+        hooks.insert(after_evaluation, CallbackHook(after_step=Trainer._note_evaluation))
         return watching_hooks(self.cfg, keeping_hooks(self.cfg, hooks, self.checkpointer))
 
     def build_writers(self) -> list[EventWriter]:
@@ -162,16 +188,74 @@ class Trainer(DefaultTrainer):
         return [*build_loggers(self.cfg), *super().build_writers()]
 
     def before_train(self) -> None:
-        """The hooks'; a run that had stopped early does not go on."""
-        super().before_train()
-        self.iter -= 1
-        self._stop_early()
-        self.iter += 1
+        """The hooks', and what the run has missed that is resumed; one that had stopped early does not go on."""
+        self.settled = self.start_iter - 1
+        keep_short(self.storage)
+        with explained(self.cfg.OUTPUT_DIR):
+            restore(self._records, self.storage, self._hooks, self.start_iter)
+            super().before_train()
+            make_up(self, self.cfg.TEST.EVAL_PERIOD)
+            self.iter = self.start_iter - 1
+            self._stop_early()
+            if self.start_iter != self.max_iter:
+                self.iter = self.start_iter
+            elif not self.checkpointer.get_checkpoint_file().endswith("model_final.pth"):  # stopped just before it
+                self.checkpointer.save("model_final", iteration=self.iter)
 
     def after_step(self) -> None:
         """The hooks', and the early end."""
-        super().after_step()
-        self._stop_early()
+        with explained(self.cfg.OUTPUT_DIR):
+            super().after_step()
+            self._stop_early()
+
+    def after_train(self) -> None:
+        """The hooks'; of a run that ends before its time what has to be, the checkpoint first."""
+        error = in_flight(self._outer)
+        if not isinstance(error, (Interrupted, ProcessLostError, StorageError, CheckpointError)):
+            with explained(self.cfg.OUTPUT_DIR):
+                super().after_train()
+            return
+        if isinstance(error, (Interrupted, ProcessLostError)):
+            self._save_settled()
+        for hook in self._hooks:
+            if isinstance(hook, PeriodicWriter) and is_still_there(self.cfg.OUTPUT_DIR):
+                try:
+                    hook.after_train()
+                except OSError as again:
+                    _logger.debug("The last metrics are not written: %s", again)
+
+    def _settle(self) -> None:
+        """Weights, average and schedule have done this iteration."""
+        self.settled = self.iter
+        self._trainer.moving = False
+        self._listener.check()
+        done = self.iter + 1
+        periods = (self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD, 20)
+        written = done == self.max_iter or any(period > 0 and done % period == 0 for period in periods)
+        if written and not is_still_there(self.cfg.OUTPUT_DIR):  # evaluations and TensorBoard would make another one
+            raise StorageError(
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} is not there any more, or another folder (was a network folder or "
+                "disk unmounted?): bring it back. --resume then goes on from the last checkpoint"
+            )
+
+    def _note_evaluation(self) -> None:
+        period = self.cfg.TEST.EVAL_PERIOD
+        if period > 0 and (self.iter + 1) % period == 0:
+            self.evaluated = self.iter
+
+    def _save_settled(self) -> None:
+        """A checkpoint of the last whole step, if there has been one since the last checkpoint."""
+        if self._trainer.moving:
+            _logger.warning("The run ends within a step of the optimizer: its last checkpoint is that of before")
+        elif self.start_iter <= self.settled != self.checkpointer.saved:
+            self.iter, start = self.settled, time.perf_counter()
+            try:
+                self.checkpointer.save(f"model_{self.settled:07d}", iteration=self.settled)
+            except CheckpointError as error:
+                _logger.error("%s", error)
+            else:
+                seconds = time.perf_counter() - start
+                _logger.info("Iteration %d was saved in %.1f s: --resume goes on from it", self.settled, seconds)
 
     def _stop_early(self) -> None:
         if any(isinstance(hook, KeepBest) and hook.stop for hook in self._hooks):
@@ -192,13 +276,27 @@ class Trainer(DefaultTrainer):
         return super().test(cfg, augmented(cfg, model), evaluators)
 
     def train(self) -> Any:
-        """All steps, fewer with SOLVER.EARLY_STOP, then DATASETS.FINAL_TEST with the best weights, see `best_model`."""
+        """All steps, fewer with SOLVER.EARLY_STOP, then DATASETS.FINAL_TEST with the best weights, see `best_model`.
+
+        Raises:
+            SystemExit: SIGTERM has come; after a checkpoint, with the status 143.
+            UserError: OUTPUT_DIR cannot be written to any more, or a data worker or another process has ended.
+        """
+        self._outer = sys.exc_info()[1]
         try:
-            results = super().train()
-        except EarlyStop:
-            results = getattr(self, "_last_eval_results", None)
-        if self.cfg.DATASETS.FINAL_TEST:
-            self.test_final(self.cfg, self.best_model())
+            with self._listener.listening():
+                try:
+                    results = super().train()
+                except EarlyStop:
+                    results = getattr(self, "_last_eval_results", None)
+                if self.cfg.DATASETS.FINAL_TEST:
+                    with explained(self.cfg.OUTPUT_DIR):
+                        self.test_final(self.cfg, self.best_model())
+        except Interrupted:
+            wait_for_main()
+            raise SystemExit(STATUS) from None
+        finally:
+            leave(self.cfg.OUTPUT_DIR)
         return results
 
     def best_model(self) -> nn.Module:
@@ -232,7 +330,9 @@ class Trainer(DefaultTrainer):
 
     def run_step(self) -> None:
         """One step of all processes."""
-        super().run_step()
+        with explained(self.cfg.OUTPUT_DIR):
+            super().run_step()
+        self._trainer.moving = True  # also where the step was skipped
         self.images += self.cfg.SOLVER.IMS_PER_BATCH
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -254,6 +354,8 @@ class Trainer(DefaultTrainer):
             "pictures": self.images,
             "parameters": self._trained_names(),
             "recipe": _recipe(self.cfg),
+            "evaluated": self.evaluated,
+            "records": state_of(getattr(self, "storage", None), self._hooks),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -279,6 +381,7 @@ class Trainer(DefaultTrainer):
         self.seed = self._trainer.seed = seed
         if isinstance(self.data_loader, TrainLoader):
             self.data_loader.seed, self.data_loader.images = seed, self.images
+        self.evaluated, self._records = state_dict.get("evaluated", -1), state_dict.get("records", {})
         self._log_changes(state_dict.get("recipe", {}))
 
     def _with_optimizer_by_name(self, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ def freeze(model: nn.Module, expressions: Sequence[str], *, all_match: bool = Tr
     parameters = dict(model.named_parameters())
     frozen: set[str] = set()
     for expression in expressions:
+        if not isinstance(expression, str):
+            raise ValueError(f"MODEL.DETR.FREEZE has {expression!r}; it must be a list of regular expressions")
         try:
             found = [name for name in parameters if re.search(expression, name)]
         except re.error as error:
@@ -51,7 +53,7 @@ def freeze(model: nn.Module, expressions: Sequence[str], *, all_match: bool = Tr
 
 def trained_though_matched(model: nn.Module, expressions: Sequence[str]) -> bool:
     """Whether `freeze` would change anything, or complain about an expression that nothing matches."""
-    found = [[p for name, p in model.named_parameters() if re.search(x, name)] for x in expressions]
+    found = [[p for name, p in model.named_parameters() if re.search(str(x), name)] for x in expressions]
     return any(not parameters or any(p.requires_grad for p in parameters) for parameters in found)
 
 

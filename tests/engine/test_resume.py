@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import random
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import launch
 from detectron2.utils import comm
-from engine_runs import assert_bit_equal, everything, run_cfg, train, weights_of
+from engine_runs import assert_bit_equal, everything, run_cfg, train
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.data.datasets.coco import register_datasets
 from detr_family.engine import Trainer
 from detr_family.engine.processes import run_and_leave
 
@@ -170,73 +163,6 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
-def run_until_killed(cfg: CfgNode, progress: Any, die_in_save: int | None) -> None:
-    """Resume and train in a process of its own, telling how far it is; maybe die halfway through a save."""
-    save, count = torch.save, 0
-
-    def deadly(data: Any, file: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == die_in_save:
-            save(data, part := file.name + ".part")
-            content = Path(part).read_bytes()
-            os.remove(part)
-            file.write(content[: random.Random(cfg.SEED).randrange(len(content))])
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(data, file)
-
-    multiprocessing.set_start_method("fork", force=True)  # data workers see that this process is gone
-    torch.save = deadly
-    step = Trainer.run_step
-
-    def counted(self: Trainer) -> None:
-        step(self)
-        progress.value = self.iter + 1
-
-    Trainer.run_step = counted
-    register_datasets(cfg)
-    train(cfg, resume=True)
-
-
-@pytest.mark.slow
-def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
-    """Kill -9 at any moment of a step, and in the middle of writing checkpoints; with and without data workers."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["detr_family.engine", "detectron2.utils.events", "tensorboard"])
-    steps = 90
-    opts = ["SOLVER.MAX_ITER", steps, "SOLVER.STEPS", (40, 70), "SOLVER.EMA.ENABLED", True]
-    opts += ["SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.EMA.DECAY", 0.9, "SOLVER.ACCUMULATION_STEPS", 2]
-    start = time.monotonic()
-    whole = train(run_cfg("DETR", tmp_path, "whole", opts))
-    two_steps = 2 * (time.monotonic() - start) / steps
-    draw = random.Random(3)
-    kills, unfinished = 0, 0
-    while True:
-        workers = kills % 2 * 2
-        cfg = run_cfg("DETR", tmp_path, "killed", [*opts, "DATALOADER.NUM_WORKERS", workers, "SEED", 5])
-        progress = context.Value("i", 0)
-        die_in_save = draw.randint(1, 2) if kills in (1, 4, 6, 9) else None
-        process = context.Process(target=run_until_killed, args=(cfg, progress, die_in_save))
-        process.start()
-        if kills < 10 and die_in_save is None:
-            goal = progress_of(tmp_path / "killed") + draw.randint(1, 6)
-            while progress.value < goal and process.is_alive():
-                time.sleep(0.001)
-            time.sleep(draw.uniform(0, two_steps))
-            process.kill()
-        process.join()
-        unfinished += any(name.endswith(".unfinished") for name in checkpoint_names(tmp_path / "killed"))
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-        kills += 1
-    assert kills == 10 and unfinished >= 4
-    killed = weights_of(str(tmp_path / "killed" / "model_final.pth"))
-    assert_bit_equal(weights_of(str(tmp_path / "whole" / "model_final.pth")), killed)
-    assert {f"model.{k}" for k in killed if not k.startswith("ema.")} <= everything(whole).keys()
-
-
 def resume_in_processes(folder: Path) -> None:
     opts = ["SOLVER.MAX_ITER", 6, "SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5, "DATALOADER.NUM_WORKERS", 1]
     whole = everything(train(run_cfg("DNDETR", folder, "whole", opts)))
@@ -258,9 +184,3 @@ def test_a_checkpoint_that_some_machine_cannot_read_is_told(tmp_path: Path, monk
     monkeypatch.setattr(comm, "all_gather", lambda x: [x, False] if isinstance(x, bool) else [x, x])
     with pytest.raises(ValueError, match=r"cannot be read by processes \[1\]: to resume, OUTPUT_DIR must be"):
         checkpointer.resume_or_load("", resume=True)
-
-
-def progress_of(folder: Path) -> int:
-    """The iteration that a resumed run starts with."""
-    last = folder / "last_checkpoint"
-    return int(last.read_text().split("_")[1].split(".")[0]) + 1 if last.is_file() else 0

@@ -1,0 +1,186 @@
+"""Runs that end before their time: asked to (SIGTERM), for want of disk, or since another process has ended.
+
+What is then saved is the state after the last whole step: between the moment that the optimizer begins to move the
+weights and the moment that schedule and average have followed, nothing is saved and no signal is answered.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from detectron2.utils import comm
+
+from detr_family.errors import UserError
+
+GRACE = 60  # seconds after SIGTERM in which a process has to be where Python can answer it
+STATUS = 128 + signal.SIGTERM  # as shells give it
+_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)?:? ?(?P<pids>[\d, ]+)\) (?P<what>[^\n]*)")
+_CONNECTION = re.compile(
+    r"connection (closed|reset|was closed)|closed by peer|reset by peer|broken pipe|remote process exited"
+    r"|watchdog.*timeout|timed out waiting",
+    re.IGNORECASE,
+)
+_STORAGE = {
+    errno.ENOSPC: "make space",
+    errno.EDQUOT: "make space, or have the quota raised",
+    errno.EFBIG: "have the limit on the size of files raised (ulimit -f)",
+    errno.EROFS: "make it writable again (disks with errors are set to read-only)",
+    errno.EACCES: "give this process the right to write there",
+    errno.EIO: "look to the disk or network folder that it is on",
+    errno.ESTALE: "connect the network folder again",
+    errno.ENOTCONN: "connect the network folder again",
+    errno.EHOSTDOWN: "connect the network folder again",
+}
+
+
+class Interrupted(BaseException):
+    """SIGTERM has come; no error, so Detectron2 logs no traceback of it."""
+
+
+class StorageError(UserError):
+    """OUTPUT_DIR cannot be written to any more."""
+
+
+class ProcessLostError(UserError):
+    """A data worker or another process of the run has ended."""
+
+
+def explanation(error: BaseException, folder: str) -> UserError | None:
+    """One line for an error that comes from outside of the program; None for every other.
+
+    Args:
+        error: as caught.
+        folder: OUTPUT_DIR.
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError) and (worker := _WORKER.search(text)):
+        return ProcessLostError(
+            f"the data worker with process id {worker['pids']} {worker['what'].rstrip(' .')}. Where the system killed "
+            "it for want of memory: lower DATALOADER.NUM_WORKERS. --resume goes on"
+        )
+    if isinstance(error, RuntimeError) and _CONNECTION.search(text):
+        last = text.strip().splitlines()[0]
+        return ProcessLostError(
+            f"another process of this run has ended, the connection to it is lost ({last}): look for its own message, "
+            "and for one of the system on a lack of memory. --resume goes on"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        remedy = _STORAGE.get(error.errno)
+        if not os.path.isdir(folder) and "://" not in folder:
+            error.strerror, remedy = "it is not there any more", "bring it back"
+        if remedy:
+            return StorageError(
+                f"OUTPUT_DIR {folder} cannot be written to ({error.strerror}): {remedy}. --resume then goes on from "
+                "the last checkpoint"
+            )
+    return None
+
+
+@contextmanager
+def explained(folder: str) -> Iterator[None]:
+    """Errors that come from outside of the program become one line each, see `explanation`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError) as error:
+        told = explanation(error, folder)
+        if told is None:
+            raise
+        raise told from error
+
+
+class Listener:
+    """What a run does with SIGTERM.
+
+    Where it may be answered `Interrupted` is raised at once, elsewhere it is kept until `check`. A process in which
+    Python does not come to answer, as it waits in a collective of processes that have ended, is ended after GRACE
+    seconds.
+
+    Args:
+        busy: whether the state is between two steps, and the signal has to wait.
+
+    Attributes:
+        requested: whether the signal has come.
+    """
+
+    def __init__(self, busy: Callable[[], bool]) -> None:
+        self.busy = busy
+        self.requested = False
+        self._answered = threading.Event()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """For the training; signals can be listened to in the main thread only, elsewhere nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        before = signal.signal(signal.SIGTERM, self._hear)
+        waker = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        watch = threading.Thread(target=_end_if_stuck, args=(ours, self._answered), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            self._answered.set()
+            signal.set_wakeup_fd(waker)
+            signal.signal(signal.SIGTERM, before)
+            theirs.send(b"\0")  # closing it would not do: data workers have it open too
+            watch.join()
+            theirs.close()
+            ours.close()
+
+    def check(self) -> None:
+        """Raise what the signal asked for while it could not be answered."""
+        if self.requested:
+            self._answered.set()
+            raise Interrupted
+
+    def _hear(self, _number: int, _frame: FrameType | None) -> None:
+        if not self.requested:
+            self.requested = True
+            logging.getLogger(__name__).warning("SIGTERM: the run saves a checkpoint and ends")
+            if not self.busy():
+                self.check()
+
+
+def _end_if_stuck(receiver: socket.socket, answered: threading.Event) -> None:
+    """The system writes a signal's number to the socket at once, wherever the main thread is."""
+    while signals := receiver.recv(64):
+        if signal.SIGTERM in signals:
+            if not answered.wait(GRACE):
+                print(f"SIGTERM came {GRACE} seconds ago and cannot be answered: the process ends", file=sys.stderr)
+                os._exit(STATUS)
+            return
+        if answered.is_set():
+            return
+
+
+def in_flight(outer: BaseException | None) -> Any:
+    """The exception that a `finally` clause runs under, if it is another than at the beginning."""
+    error = sys.exc_info()[1]
+    return None if error is outer else error
+
+
+def wait_for_main() -> None:
+    """In a process that has nothing to save: the launcher ends all once one has ended, and the main one is saving.
+
+    A second SIGTERM, the launcher's, ends the waiting.
+    """
+    if not comm.is_main_process() and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(GRACE)
