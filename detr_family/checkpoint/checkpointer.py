@@ -234,6 +234,9 @@ class DETRCheckpointer(DetectionCheckpointer):
         found = checkpoint["model"] = {re.sub(r"^module\.", "", k): v for k, v in checkpoint["model"].items()}
         origin = formats.recognise(found)
         backbone_only = bool(checkpoint.get("matching_heuristics")) or (origin is not None and origin.backbone_only)
+        no_tensors = [name for name, value in found.items() if not hasattr(value, "shape")]
+        if no_tensors and not backbone_only:
+            raise ValueError(f"{self._path} is no checkpoint, or damaged: {no_tensors[0]} in it is no tensor")
         state, belongs = found, ""
         if origin is not None:
             checkpoint["class_names"] = formats.class_names(checkpoint)

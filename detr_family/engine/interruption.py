@@ -54,7 +54,11 @@ class StorageError(UserError):
 
 
 class ProcessLostError(UserError):
-    """A data worker or another process of the run has ended."""
+    """Another process of the run has ended, which is not the cause itself."""
+
+
+class WorkerLostError(ProcessLostError):
+    """A data worker has ended."""
 
 
 def explanation(error: BaseException, folder: str) -> UserError | None:
@@ -66,7 +70,7 @@ def explanation(error: BaseException, folder: str) -> UserError | None:
     """
     text = str(error)
     if isinstance(error, RuntimeError) and (worker := _WORKER.search(text)):
-        return ProcessLostError(
+        return WorkerLostError(
             f"the data worker with process id {worker['pids']} {worker['what'].rstrip(' .')}. Where the system killed "
             "it for want of memory: lower DATALOADER.NUM_WORKERS. --resume goes on"
         )
@@ -127,6 +131,8 @@ class Listener:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        self.requested = False
+        self._answered.clear()
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         before = signal.signal(signal.SIGTERM, self._hear)

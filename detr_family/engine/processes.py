@@ -128,8 +128,12 @@ def _passing_on() -> Iterator[None]:
     """SIGTERM to the launcher is one to the processes that it has started; it ends after them."""
 
     def pass_on(_number: int, _frame: FrameType | None) -> None:
-        for process in multiprocessing.active_children():
+        children = multiprocessing.active_children()
+        for process in children:
             process.terminate()
+        if not children:  # before the first of them, or after the last
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -174,7 +178,7 @@ def _main_of_several(main: Callable[[argparse.Namespace], Any], args: argparse.N
     try:
         run_and_leave(main, args)
     except UserError as error:
-        lost = _LOST if isinstance(error, ProcessLostError) else ""
+        lost = _LOST if type(error) is ProcessLostError else ""
         Path(folder, f"{comm.get_rank():06d}{lost}").write_text(message_of(error), encoding="utf-8")
         _end(2)
     except SystemExit as error:

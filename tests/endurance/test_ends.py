@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import itertools
 import os
 import resource
 import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,8 @@ from detectron2.engine import HookBase
 from engine_runs import assert_bit_equal, everything, metrics_of, run_cfg, train
 
 from detr_family.checkpoint.files import CheckpointError
-from detr_family.engine import Trainer
-from detr_family.engine.interruption import ProcessLostError, StorageError
+from detr_family.engine import Trainer, interruption
+from detr_family.engine.interruption import StorageError, WorkerLostError
 from detr_family.errors import UserError
 from detr_family.modeling import DINO
 
@@ -215,7 +218,7 @@ def test_a_data_worker_that_is_killed(tmp_path: Path, monkeypatch: pytest.Monkey
         workers = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
         os.kill(workers[-1], signal.SIGKILL)
 
-    with pytest.raises(ProcessLostError, match=r"the data worker with process id \d+ .*: lower DATALOADER.NUM_WORK"):
+    with pytest.raises(WorkerLostError, match=r"the data worker with process id \d+ .*: lower DATALOADER.NUM_WORK"):
         train_until(cfg, 2, kill, monkeypatch)
     start = 1 + int((Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text()[6:13])
     assert 2 <= start < 40
@@ -237,3 +240,20 @@ def test_data_workers_outlive_the_signal_that_asks_a_run_to_end(
 
     train_until(cfg, 1, ask_workers, monkeypatch)
     assert (Path(cfg.OUTPUT_DIR) / "model_final.pth").is_file()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="waits in a function of Linux's C library")
+def test_a_process_that_cannot_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits in a library's code, as for processes that are gone: Python never comes to run the handler."""
+    monkeypatch.setattr(interruption, "GRACE", 0.3)
+    child = os.fork()
+    if not child:
+        try:
+            library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+            with interruption.Listener(lambda: False).listening():
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                library.pthread_mutex_lock(mutex)
+                library.pthread_mutex_lock(mutex)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143

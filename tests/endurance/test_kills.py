@@ -148,7 +148,8 @@ class KillAt(HookBase):
 def one_of_two(args: argparse.Namespace) -> None:
     """What each of two processes runs; the second ends where it is told to."""
     folder, output, kill_at = args.opts
-    cfg = killed_cfg(Path(folder), output, "SOLVER.MAX_ITER", 14, "SOLVER.IMAGES_PER_FORWARD", 1)
+    opts = ["SOLVER.MAX_ITER", 14, "SOLVER.IMAGES_PER_FORWARD", 1, "DATALOADER.NUM_WORKERS", 0]  # workers start slowly
+    cfg = killed_cfg(Path(folder), output, *opts)
     if comm.get_rank() == 1 and int(kill_at):
         built = Trainer.build_hooks
         Trainer.build_hooks = lambda self: [KillAt(int(kill_at)), *built(self)]
