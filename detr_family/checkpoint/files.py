@@ -63,7 +63,7 @@ def unwritten(path: str, error: BaseException) -> CheckpointError | None:
     if cause is None:
         return None
     folder = os.path.dirname(path) or "."
-    why, remedy = os.strerror(cause.errno), "Mend the cause"
+    why, remedy = os.strerror(cause.errno or 0), "Mend the cause"
     if not os.path.isdir(folder):
         why, remedy = f"{folder} is not there any more", "Bring it back"
     elif cause.errno in (errno.ENOSPC, errno.EDQUOT):
