@@ -1,7 +1,7 @@
 """Every command that README and docs print is one that its program takes: flags, keys, values and files are there.
 
-tests/test_commands_run.py executes them. Here stands, in seconds, that they are written right. One that cannot be
-looked at so has its reason in OTHERS.
+What a command does is run by the tests of its program; here stands that it is written right. One that cannot be looked
+at so has its reason in OTHERS.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ OTHERS = {
     "git": "needs the network",
     "cd": "moves",
     "export": "sets a variable",
-    "uvicorn": "starts a server",
-    "curl": "asks a server",
+    "uvicorn": "starts a server: projects/serving/tests/test_serving.py does",
+    "curl": "asks a server: the same",
 }
 
 
