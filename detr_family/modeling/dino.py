@@ -47,7 +47,7 @@ from detr_family.modeling.deformable import (
     take_tokens,
 )
 from detr_family.modeling.denoising import DenoisingGroups, contrastive_groups, denoising_groups
-from detr_family.modeling.heads import apply_per_layer, focal_heads, per_layer
+from detr_family.modeling.heads import apply_per_layer, draw_apart, focal_heads, per_layer
 from detr_family.modeling.postprocessing import best_pairs
 from detr_family.modeling.set_detector import CommonArguments, SetDetector, at_least_one
 from detr_family.modeling.structures import SetPrediction, Targets
@@ -158,6 +158,7 @@ class DINO(SetDetector):
                 look_forward_twice=dino.LOOK_FORWARD_TWICE,
                 share_heads=dino.SHARE_HEADS,
                 ignore_padding=dino.IGNORE_PADDING,
+                independent_heads=dino.INDEPENDENT_HEADS,
             ),
             "denoising": dino.DENOISING,
             "denoising_pairs": dino.DN_PAIRS,
@@ -266,6 +267,7 @@ class DINOTransformer(nn.Module):
         share_heads: one class and one box head for all decoder layers, else one of each per layer.
         ignore_padding: what is predicted for an image does not depend on what it is batched with; see
             `LevelProjections`, `best_tokens` and `DINODecoder`. The release: False.
+        independent_heads: heads start from values of their own; see `draw_apart`. The release: False.
         **sizes: see `TransformerArguments`.
 
     Raises:
@@ -284,6 +286,7 @@ class DINOTransformer(nn.Module):
         look_forward_twice: bool,
         share_heads: bool,
         ignore_padding: bool,
+        independent_heads: bool = False,
         **sizes: Unpack[TransformerArguments],
     ) -> None:
         super().__init__()
@@ -323,6 +326,10 @@ class DINOTransformer(nn.Module):
         if query_selection != "none":  # heads of their own, which start alike
             self.enc_out_class_embed = copy.deepcopy(class_head)
             self.enc_out_bbox_embed = copy.deepcopy(box_head)
+        if independent_heads:
+            draw_apart(self.decoder.class_embed, self.decoder.bbox_embed)
+            if query_selection != "none":
+                draw_apart([self.enc_out_class_embed], [self.enc_out_bbox_embed])
 
     def forward(
         self,

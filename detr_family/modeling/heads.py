@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,22 @@ def per_layer(head: nn.Module, count: int, *, share: bool) -> nn.ModuleList:
         share: one module behind all names; False: one each, which start alike.
     """
     return nn.ModuleList(head if share or i == 0 else copy.deepcopy(head) for i in range(count))
+
+
+def draw_apart(class_heads: Iterable[nn.Module], box_heads: Iterable[nn.Module]) -> None:
+    """Xavier's uniform values (Glorot and Bengio, 2010) for every head's matrices, each drawn for itself, in place.
+
+    Biases stay as they are, and so do the zeros of the box heads' last matrices.
+
+    Args:
+        class_heads: linear layers.
+        box_heads: MLPs.
+    """
+    linears = [*class_heads]
+    for head in box_heads:
+        linears += [module for module in head.modules() if isinstance(module, nn.Linear)][:-1]
+    for linear in linears:
+        nn.init.xavier_uniform_(linear.get_parameter("weight"))
 
 
 def apply_per_layer(heads: nn.ModuleList, outputs: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ have the same facts. Where the folder with one entry per tensor is, that is held
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -210,3 +211,28 @@ def test_heads_of_their_own_start_alike(name: str, keys: list[str]) -> None:
     sizes = {tuple(head.layers[2].bias[2:].tolist()) for head in boxes[1:]}
     first = 0.0 if len(boxes) == 7 or "dino" in name else -2.0
     assert sizes == {(0.0, 0.0)} and boxes[0].layers[2].bias[2:].tolist() == [first, first]
+
+
+@pytest.mark.parametrize("selection", ["mixed", "none"])
+def test_dinos_heads_may_be_drawn_apart(selection: str) -> None:
+    def parts(independent: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        cfg = load_config(str(ROOT / "configs" / "dino_quickstart.yaml"))
+        cfg.MODEL.DEVICE, cfg.MODEL.DETR.NUM_CLASSES = "cpu", 91
+        cfg.MODEL.DINO.QUERY_SELECTION, cfg.MODEL.DINO.INDEPENDENT_HEADS = selection, independent
+        cfg.MODEL.DINO.SHARE_HEADS = False
+        transformer = build_model(cfg).transformer
+        heads = [*transformer.decoder.class_embed], [*transformer.decoder.bbox_embed]
+        if selection != "none":
+            heads[0].append(transformer.enc_out_class_embed)
+            heads[1].append(transformer.enc_out_bbox_embed)
+        assert all(not head.layers[-1].weight.any() for head in heads[1])
+        return [head.weight for head in heads[0]], [layer.weight for head in heads[1] for layer in head.layers[:-1]]
+
+    assert all(torch.equal(a, b) for a, b in itertools.pairwise(parts(False)[0]))
+    classes, boxes = parts(True)
+    assert len(classes) == len(boxes) // 2 == (3 if selection == "none" else 4)
+    for weights in (classes, boxes):
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(weights, 2))
+    # D 128, 91 classes: Xavier's deviation is sqrt(2 / (in + out)).
+    assert [float(w.detach().std()) for w in classes] == pytest.approx([math.sqrt(2 / 219)] * len(classes), rel=0.05)
+    assert [float(w.detach().std()) for w in boxes] == pytest.approx([math.sqrt(2 / 256)] * len(boxes), rel=0.05)
