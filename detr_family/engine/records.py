@@ -65,17 +65,19 @@ def make_up(trainer: Any, period: int) -> None:
         period: TEST.EVAL_PERIOD.
     """
     done = trainer.start_iter
-    if not 0 < done < trainer.max_iter:
+    if not 0 < done <= trainer.max_iter:
         return
     trainer.iter = trainer.storage.iter = done - 1
-    if period > 0 and done % period == 0 and trainer.evaluated != done - 1:
+    ended = done == trainer.max_iter  # the last evaluation is made after the training in any case
+    if not ended and period > 0 and done % period == 0 and trainer.evaluated != done - 1:
         for hook in trainer._hooks:
             if isinstance(hook, EvalHook):
                 hook._do_eval()
         trainer.evaluated = done - 1
     for hook in trainer._hooks:
         if hasattr(hook, "make_up"):
-            hook.make_up()
+            if not ended:
+                hook.make_up()
         elif isinstance(hook, PeriodicWriter):
             hook.after_step()
     trainer.iter = trainer.storage.iter = done
