@@ -26,7 +26,6 @@ from detectron2.utils.events import EventWriter, get_event_storage
 
 from detr_family.config.files import similar
 from detr_family.errors import UserError, require
-from detr_family.visualization.report import changed_settings
 
 PROJECT = "detr_family"  # where the vendor's own variable names none
 _IDS = "loggers.json"  # in OUTPUT_DIR: the vendors' ids of this run, by logger
@@ -106,6 +105,8 @@ class RunLogger(EventWriter):
 
     def settings(self) -> dict[str, str]:
         """What differs from the defaults."""
+        from detr_family.visualization.report import changed_settings
+
         return {key: value for key, value, _ in changed_settings(self.cfg)}
 
     def begin(self, name: str, known: str | None) -> str:

@@ -245,8 +245,8 @@ def test_nothing_of_it_stops_a_training(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of ink")
 
-    for name in ("draw_comparison", "write_curves", "write_report"):
-        monkeypatch.setattr(watch, name, broken)
+    for name in ("draw.draw_comparison", "curves.write_curves", "report.write_report"):
+        monkeypatch.setattr(f"detr_family.visualization.{name}", broken)
     with caplog.at_level(logging.WARNING):
         trainer = run(coco_folder)
     assert trainer.iter == 4 - 1 or trainer.iter == 4

@@ -147,7 +147,7 @@ def test_merged_files_do_not_show_how_many_processes_there_were(tmp_path: Path) 
                 journal.write(entry)
             journal.write(lines[0])  # as where folders of two machines were put together
             journal.close()
-        merged = merge(folder, parquet=count == 5)
+        merged = merge(folder)
         assert (merged.images, merged.detections) == (6, 7)
         for name in ("results.json", "images.json"):
             assert (folder / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
