@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import inspect
 import io
 import os
@@ -53,6 +54,8 @@ def is_one(images: object) -> bool:
     if isinstance(images, (np.ndarray, Tensor)):
         return images.ndim != 4
     one = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, Mapping)
+    if hasattr(images, "__array__") and getattr(images, "ndim", 1) in (2, 3):  # of another library, whose rows are none
+        return True
     return isinstance(images, one) or hasattr(images, "read") or not hasattr(images, "__iter__")
 
 
@@ -89,7 +92,7 @@ def read(source: ImageSource, array_format: str, input_format: str) -> Given:
         if isinstance(path, bytes):
             path = os.fsdecode(path)
         if path.lower().startswith(("http://", "https://")):
-            return Given(source, _decoded(_fetched(path), path))
+            return Given(source, _decoded(_fetched(path), path, "Look at what the address gives: it is no image."))
         if os.path.isdir(path):
             raise ImageError(f"{path} is a folder: give the images in it, sorted(pathlib.Path({path!r}).iterdir())")
         return Given(source, read_image(path, "RGB"))
@@ -114,7 +117,7 @@ def _of_dict(source: Mapping[str, Any], image: Tensor, input_format: str) -> Giv
         )
     height, width = int(source.get("height", image.shape[1])), int(source.get("width", image.shape[2]))
     seen = image.detach().cpu().permute(1, 2, 0)
-    if seen.is_floating_point():
+    if seen.dtype != torch.uint8:
         seen = seen.float().round().clamp(0, 255).byte()
     pixels = np.ascontiguousarray(to_rgb(seen.numpy(), input_format))
     if pixels.shape[:2] != (height, width):
@@ -130,11 +133,13 @@ def _of_pillow(image: Image.Image, name: str) -> np.ndarray:
         raise unreadable(name, error) from error
 
 
-def _decoded(content: bytes, name: str) -> np.ndarray:
+def _decoded(
+    content: bytes, name: str, remedy: str = "Give the bytes of an image file, PNG or JPEG for instance, whole."
+) -> np.ndarray:
     try:
         image = Image.open(io.BytesIO(content))
     except Exception as error:  # whatever damaged bytes make the decoder raise
-        raise unreadable(name, error, "Give the bytes of an image file, PNG or JPEG for instance, whole.") from error
+        raise unreadable(name, error, remedy) from error
     return _of_pillow(image, name)
 
 
@@ -156,7 +161,7 @@ def _fetched(address: str) -> bytes:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
             content: bytes = answer.read()
             return content
-    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         code = error.code if isinstance(error, urllib.error.HTTPError) else None
         remedy = "The server says so: look to the address." if code else "Look to the address and the network."
         raise unreadable(address, error, remedy) from error
