@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detr_family.data.images import ImageError
 from detr_family.errors import UserError, require
 
 ABOUT = "detr_family"  # the key, or file, under which a format keeps what the file says about itself
@@ -90,8 +92,9 @@ class ExportedDetector(nn.Module):
                 and `width` of the result.
 
         Raises:
-            UserError: an image that is smaller than the file can take, or without `stretch` of another size than the
-                fixed one; the file was opened before a fork.
+            ImageError: an image that is smaller than the file can take, or without `stretch` of another size than the
+                fixed one.
+            UserError: the file was opened before a fork.
         """
         if self.opened_in != os.getpid() and self.path.suffix.lower() in (".onnx", ".xml"):
             raise UserError(
@@ -104,7 +107,7 @@ class ExportedDetector(nn.Module):
         size = fixed or (max(h for h, _ in seen), max(w for _, w in seen))
         least = self.about["least_size"]
         if size[0] < least[0] or size[1] < least[1]:
-            raise UserError(
+            raise ImageError(
                 f"an image of {size[0]}x{size[1]} is smaller than {self.path.name} takes, {least[0]}x{least[1]}: "
                 "resize it, or use the checkpoint"
             )
@@ -128,7 +131,7 @@ class ExportedDetector(nn.Module):
             )
         if fixed is not None and tuple(image.shape[1:]) != fixed:
             if not self.stretch:
-                raise UserError(
+                raise ImageError(
                     f"an image of {image.shape[1]}x{image.shape[2]} is not of the only size that {self.path.name} "
                     f"takes, {fixed[0]}x{fixed[1]}: resize it, pass stretch=True, or export without --fixed"
                 )
@@ -192,10 +195,12 @@ def _open_openvino(path: Path, threads: int | None) -> tuple[Run, str | None]:
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = core.compile_model(model, "CPU", settings)
+    one_at_a_time = threading.Lock()  # a compiled model has one request, which its calls share
 
     def run(*inputs: Tensor) -> list[Tensor]:
-        outputs = compiled([x.numpy() for x in inputs])
-        return [torch.from_numpy(np.array(outputs[i])) for i in range(3)]
+        with one_at_a_time:
+            outputs = compiled([x.numpy() for x in inputs])
+            return [torch.from_numpy(np.array(outputs[i])) for i in range(3)]
 
     return run, about
 

@@ -253,8 +253,8 @@ class Predictor:
         Args:
             images: of any of the kinds that a call takes, mixed or not; read as they are needed.
             array_format: channel order of the arrays.
-            on_error: called with an image that cannot be read, and why; the rest goes on. By default the
-                error is raised.
+            on_error: called with an image that cannot be read, or that the detector refuses, and why; the rest goes
+                on. By default the error is raised.
         """
         if array_format not in ("RGB", "BGR"):
             raise ValueError(f"array_format is {array_format!r}; it may be 'RGB' or 'BGR'")
@@ -268,24 +268,36 @@ class Predictor:
                 on_error(source, error)
                 continue
             if batch and given.key != batch[0].key:
-                yield from self._predict(batch)
+                yield from self._predict(batch, on_error)
                 batch = []
             batch.append(given)
             if len(batch) == self.batch_size:
-                yield from self._predict(batch)
+                yield from self._predict(batch, on_error)
                 batch = []
         if batch:
-            yield from self._predict(batch)
+            yield from self._predict(batch, on_error)
 
     def names(self, instances: Instances) -> list[str]:
         """The class name of each instance; "class 3" where the names are not known."""
         numbers = instances.pred_classes.tolist()
         return [f"class {i}" if self.class_names is None else self.class_names[i] for i in numbers]
 
-    def _predict(self, batch: Sequence[Given]) -> Iterator[Prediction]:
+    def _predict(
+        self, batch: Sequence[Given], on_error: Callable[[ImageSource, ValueError], None] | None
+    ) -> Iterator[Prediction]:
         entries = [given.entry for given in batch if given.entry is not None]
-        # The detector's own inputs, as all of a batch then are, go through as they are.
-        found = self._run(entries) if entries else self.detect([given.pixels for given in batch])
+        try:
+            # The detector's own inputs, as all of a batch then are, go through as they are.
+            found = self._run(entries) if entries else self.detect([given.pixels for given in batch])
+        except ValueError as error:
+            if on_error is None:
+                raise
+            if len(batch) == 1:
+                on_error(batch[0].source, error)
+            else:  # one by one: the others are not to blame
+                for given in batch:
+                    yield from self._predict([given], on_error)
+            return
         for given, instances in zip(batch, found, strict=True):
             yield Prediction(given.source, np.ascontiguousarray(given.pixels), instances)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import builtins
 import importlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,6 +20,7 @@ from detr_family.errors import UserError
 from detr_family.export import export_model
 from detr_family.export.exporting import SUFFIX
 from detr_family.inference import Predictor
+from detr_family.inference import exported as exported_module
 from detr_family.inference.exported import ExportedDetector
 from detr_family.modeling.set_detector import SetDetector
 
@@ -211,3 +214,21 @@ def test_an_image_that_is_too_small_is_refused(script: tuple[SetDetector, Path])
     detector.about["least_size"] = [32, 32]
     with pytest.raises(UserError, match=r"an image of 16x48 is smaller than model\.ts takes, 32x32"):
         detector([{"image": torch.zeros(3, 16, 48, dtype=torch.uint8)}])
+
+
+def test_an_openvino_file_is_run_by_several_threads(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="the openvino package is not installed")
+    opset = importlib.import_module("openvino.opset13")
+    images = opset.parameter([-1, -1], np.float32)
+    doubled = opset.multiply(images, np.float32(2))
+    model = openvino.Model([doubled, opset.add(images, np.float32(1)), opset.relu(images)], [images])
+    model.set_rt_info("{}", ["detr_family"])
+    openvino.save_model(model, tmp_path / "model.xml")
+    run, _ = exported_module._open(tmp_path / "model.xml", 1)
+
+    def ask(number: int) -> bool:
+        given = torch.full((200, 100), float(number))
+        return all(torch.equal(run(given)[0], 2 * given) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(ask, range(4)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,15 @@ class Array:
         return PIXELS[:, :, ::-1]
 
 
+class Rows(Array):
+    """The same where it can be gone through row by row, as arrays of jax and TensorFlow."""
+
+    ndim = 3
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter(self.__array__())
+
+
 ALPHA = np.full((10, 16, 1), 77, np.uint8)
 CHW = torch.from_numpy(PIXELS).permute(2, 0, 1)
 SAME: dict[str, Callable[[], Any]] = {
@@ -100,6 +109,7 @@ SAME: dict[str, Callable[[], Any]] = {
     "tensor with a gradient": lambda: (CHW / 255).requires_grad_(),
     "dict with a tensor": lambda: {"image": CHW},
     "dict of floats": lambda: {"image": CHW.float()},
+    "dict of integers": lambda: {"image": CHW.long()},
     "dict with Pillow's": lambda: {"image": Image.fromarray(PIXELS), "label": 3},
 }
 
@@ -152,8 +162,15 @@ def test_an_address_is_fetched_each_time(predictor: Predictor) -> None:
         with pytest.raises(ImageError, match=r"http://127.*/b\.png cannot be read \(HTTPError: .*404.*look to the"):
             predictor(f"{server.address}/b.png")
         server.files["/c.png"] = b"<html>"
-        with pytest.raises(ImageError, match=r"/c\.png cannot be read \(UnidentifiedImageError"):
+        with pytest.raises(
+            ImageError, match=r"/c\.png cannot be read \(UnidentifiedImageError.*what the address gives"
+        ):
             predictor(f"{server.address}/c.png")
+        server.files["/d.png"], server.cut["/d.png"] = png(), 60
+        with pytest.raises(ImageError, match=r"/d\.png cannot be read \(IncompleteRead.*Look to the address and the"):
+            predictor(f"{server.address}/d.png")
+        with pytest.raises(ImageError, match=r"/my image\.png cannot be read \(InvalidURL"):
+            predictor(f"{server.address}/my image.png")
         address = server.address
     with pytest.raises(ImageError, match=r"/a\.png cannot be read .*Look to the address and the network"):
         predictor(f"{address}/a.png")
@@ -178,6 +195,7 @@ def test_several_of_them(predictor: Predictor, tmp_path: Path) -> None:
     assert len(predictor(torch.stack([CHW] * 3))) == len(predictor(np.stack([PIXELS] * 3))) == 3
     assert predictor([]) == [] and predictor(iter([])) == []
     assert isinstance(predictor(CHW), Instances)
+    assert isinstance(predictor(Rows()), Instances)
 
 
 def test_detectron2s_own_input_is_seen_as_it_is() -> None:
@@ -236,3 +254,25 @@ def test_the_rest_is_refused_in_one_line(
     if not isinstance(source, list):
         assert len(list(predictor.stream([source, CHW], on_error=lambda s, e: failed.append((s, e))))) == 1
         assert failed[0][0] is source
+
+
+class Choosy(Recorder):
+    """Refuses images that are less than 8 pixels high, as an exported detector may."""
+
+    def forward(self, inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
+        if any(x["image"].shape[1] < 8 for x in inputs):
+            raise ImageError("too small")
+        return super().forward(inputs)
+
+
+def test_what_the_detector_refuses_is_told_and_the_rest_goes_on() -> None:
+    predictor = Predictor(Choosy(), min_size=0, batch_size=2)
+    small, failed = PIXELS[:4], []
+    images = [PIXELS, small, small, PIXELS]
+    found = list(predictor.stream(images, on_error=lambda source, error: failed.append((source, str(error)))))
+    assert len(found) == 2
+    assert [said for _, said in failed] == ["too small"] * 2 and all(source is small for source, _ in failed)
+    entries = [{"image": CHW}, {"image": CHW[:, :4]}]
+    assert len(list(predictor.stream(entries, on_error=lambda *_: None))) == 1
+    with pytest.raises(ImageError, match="too small"):
+        list(predictor.stream(images))
