@@ -273,11 +273,13 @@ class KeptEncoding(nn.Module):
             encoded: Tensor = self.encoding(mask)
             return encoded
         size = tuple(mask.shape[1:])
-        if size not in self._kept:
+        kept = self._kept.get(size)
+        if kept is None:
+            kept = self.encoding(mask[:1])
             if len(self._kept) >= _KEPT_ENCODINGS:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[size] = self.encoding(mask[:1])
-        return self._kept[size].expand(len(mask), -1, -1, -1)
+                self._kept.pop(next(iter(list(self._kept))), None)  # another thread may have been faster
+            self._kept[size] = kept
+        return kept.expand(len(mask), -1, -1, -1)
 
 
 @functools.cache
