@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -250,10 +251,15 @@ def _read(parts: Sequence[Path], places: Sequence[tuple[tuple[Any, ...], int, in
             yield json.loads(files[number].readline())
 
 
+def _unfinished(path: Path) -> Path:
+    """A name to write under that no process of any machine has, too: in containers their ids are often alike."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+
+
 @contextmanager
 def _written_whole(path: Path) -> Iterator[IO[str]]:
     """A text file that is there when it is complete, and not before."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = _unfinished(path)
     try:
         with open(unfinished, "w", encoding="utf-8") as file:
             yield file
@@ -296,7 +302,7 @@ def _parquet(path: Path, categories: Sequence[dict[str, Any]], wanted: bool) -> 
     numbers = [(name, pyarrow.int64()) for name in ("image_id", "category_id")]
     places = [(name, pyarrow.float32()) for name in ("x", "y", "width", "height", "score")]
     schema = pyarrow.schema([*texts, *numbers, *places])
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = _unfinished(path)
     try:
         with parquet.ParquetWriter(unfinished, schema) as writer:
             table = _Table(writer, schema, {entry["id"]: entry["name"] for entry in categories})
