@@ -16,6 +16,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Request
 
 from detr_family.inference import Prediction, Predictor
+from detr_family.inference.exported import is_exported
 
 Answer = dict[str, Any]
 
@@ -24,10 +25,15 @@ def predictor_of_environment() -> Predictor:
     """The predictor that DETR_CONFIG and DETR_WEIGHTS name.
 
     Raises:
-        FileNotFoundError, ValueError: see `Predictor.from_config`.
+        FileNotFoundError, ValueError: see `Predictor.from_config`; or neither names a detector.
     """
-    weights = os.environ.get("DETR_WEIGHTS") or None
-    return Predictor.from_config(os.environ.get("DETR_CONFIG", ""), weights, batch_size=_number("DETR_BATCH", 8))
+    config, weights = os.environ.get("DETR_CONFIG", ""), os.environ.get("DETR_WEIGHTS") or None
+    batch_size = _number("DETR_BATCH", 8)
+    if weights is not None and is_exported(weights):
+        return Predictor.from_exported(weights, batch_size=batch_size, threads=_number("DETR_THREADS", 1))
+    if not config:
+        raise ValueError("DETR_CONFIG is not set: the config.yaml of a training, or an exported file in DETR_WEIGHTS")
+    return Predictor.from_config(config, weights, batch_size=batch_size)
 
 
 class Full(Exception):

@@ -151,3 +151,21 @@ def test_what_is_too_large_is_turned_away(weights: Path) -> None:
     with server(["-m", "uvicorn", "served:app"], weights, DETR_MAX_BYTES="1000") as address:
         status, answer = ask(f"{address}/detect", bytes(2000))
     assert status == 413 and "DETR_MAX_BYTES" in answer["detail"]
+
+
+def test_what_the_environment_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from projects.serving.app import predictor_of_environment
+
+    monkeypatch.delenv("DETR_CONFIG", raising=False)
+    monkeypatch.delenv("DETR_WEIGHTS", raising=False)
+    with pytest.raises(ValueError, match="DETR_CONFIG is not set"):
+        predictor_of_environment()
+
+
+def test_threads_of_an_exported_file_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from projects.serving.app import predictor_of_environment
+
+    monkeypatch.setattr(Predictor, "from_exported", lambda *args, **options: (args, options))
+    monkeypatch.setenv("DETR_WEIGHTS", "model.onnx")
+    monkeypatch.setenv("DETR_THREADS", "3")
+    assert predictor_of_environment() == (("model.onnx",), {"batch_size": 8, "threads": 3})
