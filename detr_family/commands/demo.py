@@ -30,7 +30,7 @@ from detr_family.engine.processes import launch, meeting, under_torchrun
 from detr_family.errors import UserError
 from detr_family.inference.exported import is_exported
 from detr_family.inference.predictor import ImageSource, Predictor
-from detr_family.inference.sources import VIDEO_SUFFIXES
+from detr_family.inference.work import VIDEO_SUFFIXES
 from detr_family.visualization.draw import draw_detections
 
 _NAMED_EXAMPLES = 5
@@ -181,7 +181,8 @@ def run_images(
     """Predicts images in batches, draws each to the file that stands with it, and adds it to the results."""
 
     def failed(source: ImageSource, error: ValueError) -> None:
-        results.failed.append((str(source), str(error)))
+        reason = str(error)
+        results.failed.append((str(source), reason if str(source) in reason else f"{source}: {reason}"))
         bar.update()
 
     with tqdm(total=len(images), desc="images", disable=not progress or None, mininterval=0.5) as bar:

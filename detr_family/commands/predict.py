@@ -29,7 +29,7 @@ from detr_family.inference import journal
 from detr_family.inference.exported import is_exported
 from detr_family.inference.many import predict_many
 from detr_family.inference.predictor import Predictor
-from detr_family.inference.sources import Work, find_work
+from detr_family.inference.work import Work, find_work
 
 
 def parser() -> argparse.ArgumentParser:

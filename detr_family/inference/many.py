@@ -22,7 +22,7 @@ from detr_family.data.images import read_image
 from detr_family.errors import UserError
 from detr_family.inference import journal
 from detr_family.inference.predictor import Predictor, resized
-from detr_family.inference.sources import ImageItem, Work
+from detr_family.inference.work import ImageItem, Work
 
 _AHEAD = 4  # images that each worker is ahead by
 _WAITING = 8  # batches' worth of images that may wait for others of their size

@@ -173,7 +173,7 @@ def test_tiles_and_coco_files(folder: Path) -> None:
 def test_an_image_that_the_detector_refuses_does_not_stop_the_rest(folder: Path) -> None:
     predictor = Predictor.from_config(str(folder / "config.yaml"), str(folder / "weights.pth"), batch_size=2)
     from detr_family.inference import journal
-    from detr_family.inference.sources import find_work
+    from detr_family.inference.work import find_work
 
     def refuse(module: Any, inputs: Any) -> None:
         for image in inputs[0]:

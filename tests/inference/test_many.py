@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from detr_family.errors import UserError
 from detr_family.inference.journal import Journal, begin, done, merge, parts_of
 from detr_family.inference.many import _Read, by_size
-from detr_family.inference.sources import find_work
+from detr_family.inference.work import find_work
 
 
 def read(number: int, shape: tuple[int, ...]) -> _Read:
