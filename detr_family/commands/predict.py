@@ -75,7 +75,7 @@ def command(arguments: Sequence[str] | None = None) -> int:
             args.num_gpus, args.num_machines, args.machine_rank, args.dist_url = args.num_processes, 1, 0, "auto"
             args.modules = [module.__name__ for module in getattr(args, "import") or ()]
             setattr(args, "import", None)
-            launch(main, args)
+            launch(main, args, going_on="The same command goes on")
             if args.shard or (under_torchrun() and int(os.environ["RANK"]) > 0):
                 return 0
         merged = journal.merge(args.output, args.parquet)

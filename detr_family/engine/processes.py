@@ -47,7 +47,9 @@ def argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+def launch(
+    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, *, going_on: str = "--resume goes on"
+) -> None:
     """Run `main(args)` in every process of the run, and leave in good order.
 
     Where torchrun has started this process, one of several, its environment variables say which it is; else Detectron2
@@ -55,6 +57,11 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
 
     A `UserError` in any process ends the run with its message as the last line and the exit status 2; every other error
     keeps its traceback.
+
+    Args:
+        main: what each process runs.
+        args: with the launcher's names, num_gpus, num_machines, machine_rank and dist_url.
+        going_on: what to say to who asks how a run goes on of which a process was killed.
 
     Raises:
         SystemExit: after a `UserError`; both torchrun and the command line ask for several processes; or torchrun for
@@ -82,7 +89,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
         except UserError as error:
             _leave(message_of(error))
         except ProcessException as error:  # of the process that ended first, maybe because another one did
-            _leave_several(error, sorted(Path(folder).iterdir()))
+            _leave_several(error, sorted(Path(folder).iterdir()), going_on)
 
 
 def under_torchrun() -> bool:
@@ -105,7 +112,7 @@ def _leave(message: str) -> None:
     sys.exit(2)
 
 
-def _leave_several(error: ProcessException, messages: Sequence[Path]) -> None:
+def _leave_several(error: ProcessException, messages: Sequence[Path], going_on: str) -> None:
     """End the launcher as the processes have ended; those that ended because another one had are not the cause."""
     status, name = getattr(error, "exit_code", 1), getattr(error, "signal_name", None)
     if status == STATUS or name == "SIGTERM":
@@ -116,7 +123,7 @@ def _leave_several(error: ProcessException, messages: Sequence[Path]) -> None:
     if name is not None:
         _leave(
             f"process {error.error_index} of this run (process id {error.error_pid}) was ended by {name}, and the "
-            "others with it. SIGKILL is what the system sends where memory runs out. --resume goes on"
+            f"others with it. SIGKILL is what the system sends where memory runs out. {going_on}"
         )
     if messages:
         _leave(messages[0].read_text(encoding="utf-8"))

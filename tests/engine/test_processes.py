@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model, launch
 from detectron2.utils import comm
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from detr_family.data.images import ImageError
 from detr_family.engine import processes
@@ -163,3 +164,17 @@ def no_thread_outlives_the_run() -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux shows them")
 def test_no_thread_of_gloo_is_left_to_abort_the_process() -> None:
     launch(no_thread_outlives_the_run, 2, dist_url="auto")
+
+
+def test_of_a_killed_process_each_command_says_how_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    killed = ProcessExitedException("killed", error_index=1, error_pid=77, exit_code=-9, signal_name="SIGKILL")
+    with pytest.raises(SystemExit):
+        processes._leave_several(killed, [], "The same command goes on")
+    assert (
+        capsys.readouterr()
+        .err.rstrip()
+        .endswith(
+            "was ended by SIGKILL, and the others with it. SIGKILL is what "
+            "the system sends where memory runs out. The same command goes on"
+        )
+    )
