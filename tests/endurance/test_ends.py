@@ -79,7 +79,7 @@ def ask_in_call(patch: pytest.MonkeyPatch, owner: Any, name: str, count: int) ->
 # forwards; evaluations, two each for the average, come after 8, 16, 24 and 26 iterations.
 MOMENTS = [
     pytest.param(DINO, "forward", 2, 0, id="first step"),
-    pytest.param(DINO, "forward", 23, None, id="forward", marks=pytest.mark.slow),
+    pytest.param(DINO, "forward", 13, 6, id="forward", marks=pytest.mark.slow),
     pytest.param(torch.optim.AdamW, "step", 15, 15, id="optimizer"),
     pytest.param(Trainer, "build_evaluator", 4, 16, id="evaluation"),
     pytest.param(Trainer, "build_evaluator", 7, 26, id="last evaluation", marks=pytest.mark.slow),
@@ -91,7 +91,7 @@ def test_sigterm_saves_and_ends_and_the_resumed_run_is_the_whole_one(
     owner: Any,
     name: str,
     count: int,
-    done: int | None,
+    done: int,
     whole: tuple[dict[str, torch.Tensor], list[dict[str, str]]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -104,7 +104,7 @@ def test_sigterm_saves_and_ends_and_the_resumed_run_is_the_whole_one(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file() == (done != 0)
     resumed = train(cfg, resume=True)
-    assert resumed.start_iter == done or (done is None and resumed.start_iter % 4)
+    assert resumed.start_iter == done
     assert_bit_equal(whole[0], everything(resumed))
     assert metrics_of(cfg) == whole[1]
 
