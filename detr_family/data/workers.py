@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
+import mmap
+import multiprocessing.util  # noqa: F401  (its function for the interpreter's end has to be registered before ours)
+import os
 import signal
 from types import FrameType
 
 # What a worker has left, in seconds, once it was asked to end: time for the main process to finish its step.
 OUTLIVES = 60
+_leaving = mmap.mmap(-1, 1)  # shared with the workers that this process forks; 1: it ends
+_owner = os.getpid()
+
+
+@atexit.register
+def _leave() -> None:
+    """Before multiprocessing sends SIGTERM to the workers that are left, and waits for them."""
+    if os.getpid() == _owner:
+        _leaving[0] = 1
 
 
 def outlive_sigterm(_worker: int) -> None:
@@ -21,4 +34,6 @@ def outlive_sigterm(_worker: int) -> None:
 
 
 def _end_later(_number: int, _frame: FrameType | None) -> None:
+    if _leaving[0]:
+        os._exit(0)
     signal.alarm(OUTLIVES)
