@@ -80,7 +80,7 @@ def explanation(error: BaseException, folder: str) -> UserError | None:
             f"another process of this run has ended, the connection to it is lost ({last}): look for its own message, "
             "and for one of the system on a lack of memory. --resume goes on"
         )
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None and _in_folder(error.filename, folder):
         remedy = _STORAGE.get(error.errno)
         if not os.path.isdir(folder) and "://" not in folder:
             error.strerror, remedy = "it is not there any more", "bring it back"
@@ -90,6 +90,14 @@ def explanation(error: BaseException, folder: str) -> UserError | None:
                 "the last checkpoint"
             )
     return None
+
+
+def _in_folder(name: object, folder: str) -> bool:
+    """Whether an error's file lies in a folder; the writing to an open file names none."""
+    if not isinstance(name, (str, os.PathLike)):
+        return True
+    path, parent = os.path.abspath(name), os.path.abspath(folder)
+    return path == parent or path.startswith(os.path.join(parent, ""))
 
 
 @contextmanager
