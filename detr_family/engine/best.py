@@ -122,10 +122,10 @@ def keeping_hooks(cfg: CfgNode, hooks: list[HookBase], checkpointer: Checkpointe
             "SOLVER.EARLY_STOP.PATIENCE is set, but nothing is evaluated during the training: it needs DATASETS.TEST, "
             "TEST.EVAL_EPOCHS or TEST.EVAL_PERIOD, and SOLVER.BEST_METRIC"
         )
-    if evaluated and "ema/" in cfg.SOLVER.BEST_METRIC and not cfg.SOLVER.EMA.ENABLED:
+    if evaluated and cfg.SOLVER.BEST_METRIC.startswith("ema/") and not cfg.SOLVER.EMA.ENABLED:
         raise ValueError(
             f"SOLVER.BEST_METRIC is {cfg.SOLVER.BEST_METRIC!r}, of averaged weights, which SOLVER.EMA.ENABLED False "
-            f"leaves out: set it to {cfg.SOLVER.BEST_METRIC.replace('ema/', '')!r} (and TEST.EMA False)"
+            f"leaves out: set it to {cfg.SOLVER.BEST_METRIC.removeprefix('ema/')!r} (and TEST.EMA False)"
         )
     for hook in hooks:
         if isinstance(hook, PeriodicCheckpointer):

@@ -251,7 +251,7 @@ def test_a_process_that_cannot_answer_is_ended(monkeypatch: pytest.MonkeyPatch) 
         try:
             library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
             with interruption.Listener(lambda: False).listening():
-                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
                 library.pthread_mutex_lock(mutex)
                 library.pthread_mutex_lock(mutex)
         finally:
