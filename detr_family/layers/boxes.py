@@ -42,5 +42,5 @@ def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
         x: any shape; values outside of [0, 1] count as 0 or 1.
         eps: 1e-5 in Conditional and Deformable DETR, 1e-3 from DAB-DETR on: the papers' weights depend on it.
     """
-    x = x.clamp(0, 1)
-    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
+    # Not clamped twice in a row, which an optimiser of ONNX graphs (onnxscript 0.7) merges into a broken one.
+    return (x.clamp(eps, 1.0) / (1 - x.clamp(0.0, 1.0)).clamp(min=eps)).log()
