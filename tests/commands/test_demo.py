@@ -219,7 +219,7 @@ def test_results_of_processes_are_those_of_one() -> None:
         assert (together.images, together.detections, together.best) == (one.images, one.detections, one.best)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchruns_processes_draw_their_shares(folder: Path) -> None:
     assert demo(folder, folder / "images") == 1
     expected = {name: read(folder, name) for name in ("results.json", "images.json")}

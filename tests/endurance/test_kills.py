@@ -101,7 +101,7 @@ def run_until_killed(cfg: CfgNode, progress: Any, moment: str, seed: int) -> Non
     train(cfg, resume=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_kills_at_random_moments(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["detr_family.engine", "detectron2.utils.events", "tensorboard", "engine_runs"])
@@ -175,7 +175,7 @@ def ask_when(path: Path) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_of_two_processes_one_is_killed_then_both_are_asked_to_end(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

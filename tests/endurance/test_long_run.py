@@ -48,7 +48,7 @@ class Watch(HookBase):
             print(self.trainer.iter + 1, {pid: x[-1] for pid, x in self.samples.items()}, file=sys.stderr, flush=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads memory as Linux shows it")
 def test_memory_and_file_handles_stay_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = run_cfg("DETR", tmp_path, "run", ["DATALOADER.NUM_WORKERS", 2, "SOLVER.IMS_PER_BATCH", 2])

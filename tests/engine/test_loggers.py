@@ -107,7 +107,7 @@ def test_only_the_main_process_logs(sent: list[Any], tmp_path: Path, monkeypatch
     assert not any(isinstance(hook, LoggerHook) for hook in trainer._hooks) and not sent
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "clearml"])
 def test_offline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each vendor's client, twice as far as a run is resumed, without a network."""

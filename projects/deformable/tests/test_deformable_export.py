@@ -55,7 +55,7 @@ def test_all_formats(name: str, format: str, tmp_path: Path) -> None:
     agree(model, path, SIZES, [1, 3])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_ahead_of_time(tmp_path: Path) -> None:
     model, path = exported("DeformableDETR two-stage", "aoti", tmp_path)
     agree(model, path, [(64, 80)], [1, 3])

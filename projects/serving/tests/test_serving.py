@@ -113,7 +113,7 @@ def server(arguments: list[str], folder: Path, **environment: str) -> Iterator[s
                 process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SERVERS)
 def test_ten_clients_get_what_the_predictor_finds(name: str, weights: Path) -> None:
     if "gunicorn" in name:
@@ -146,7 +146,7 @@ def test_ten_clients_get_what_the_predictor_finds(name: str, weights: Path) -> N
     assert ("do not survive a fork" in log) == ("warm-up" in name), log
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_too_large_is_turned_away(weights: Path) -> None:
     with server(["-m", "uvicorn", "served:app"], weights, DETR_MAX_BYTES="1000") as address:
         status, answer = ask(f"{address}/detect", bytes(2000))
