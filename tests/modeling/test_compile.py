@@ -89,7 +89,8 @@ def test_training_is_compiled_up_to_the_matcher(name: str) -> None:
         counts.append(len(graphs))
     assert sum(counters["graph_break"].values()) <= 1  # the noise of denoising
     assert sum("mm" in str(n.target) or "linear" in str(n.target) for n in graphs[-1].graph.nodes) > 10
-    assert counts[0] == counts[-1] == 1
+    # DINO is compiled once more, for a second size, and then no more
+    assert counts[0] == 1 and counts[-1] <= (2 if name == "DINO" else 1)
     sum(found.values()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
