@@ -58,7 +58,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(name: str, counts: tuple
         assert two[key] == pytest.approx(one[key], rel=rel, abs=1e-7), key
     for key, gradient in one_gradients.items():
         if slots_differ:
-            assert (two_gradients[key] - gradient).norm() <= 3e-3 * gradient.norm() + 1e-4, key
+            assert (two_gradients[key] - gradient).norm() <= 5e-2 * gradient.norm() + 1e-3, key
         else:
             torch.testing.assert_close(two_gradients[key], gradient, rtol=1e-3, atol=1e-5, msg=key)
 
