@@ -87,7 +87,7 @@ def _export(args: argparse.Namespace) -> tuple[Predictor, Any, Path]:
     register_datasets(cfg)
     if args.precision == "int8" and args.data is None:
         raise UserError("--precision int8 needs images like those that it will see, to calibrate on: --data DIR")
-    calibration = calibration_images(args.data) if args.data else []
+    calibration = calibration_images(args.data) if args.precision == "int8" else []
     images = [torch.from_numpy(read_image(name, "RGB").copy()).permute(2, 0, 1) for name in args.images]
     predictor = Predictor.from_config(cfg, args.weights, optimize=False)
     difference = export_model(

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import test_class_rows
 import test_freezing
-import tiny
 from engine import test_accumulation, test_precision, test_resume
 from layers import test_checkpointing
-from test_deformable_detectors import DETECTORS
+from test_deformable_detectors import DETECTORS, known_to_the_suite  # noqa: F401  (a fixture)
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("name", DETECTORS)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def known_to_the_suite() -> Iterator[None]:
-    tiny.DETECTORS.update(DETECTORS)
-    yield
-    for name in DETECTORS:
-        del tiny.DETECTORS[name]
 
 
 def test_a_stopped_and_resumed_run_is_bit_equal(name: str, tmp_path: Path) -> None:

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import test_evaluation
 import test_predictor
-import tiny
 from engine import test_watch
 from own_data import coco_folder  # noqa: F401  (a fixture)
-from test_deformable_detectors import DETECTORS
+from test_deformable_detectors import DETECTORS, known_to_the_suite  # noqa: F401  (a fixture)
 from test_predictor import image, weights  # noqa: F401  (fixtures)
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("name", DETECTORS)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def known_to_the_suite() -> Iterator[None]:
-    tiny.DETECTORS.update(DETECTORS)
-    yield
-    for name in DETECTORS:
-        del tiny.DETECTORS[name]
 
 
 def test_predicts_what_an_evaluation_does(name: str, weights: Any, image: Path) -> None:  # noqa: F811
