@@ -90,9 +90,9 @@ class _Ported(nn.Module):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        transformers = require("transformers", "parity")
         names = [f"class {i}" for i in range(case.model.num_classes)]
         write_for_transformers(str(case.folder / "transformers"), case.cfg, case.model, names)
+        transformers = require("transformers", "parity")
         self.port = transformers.AutoModelForObjectDetection.from_pretrained(str(case.folder / "transformers")).eval()
         self.mean = torch.tensor(case.cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
         self.std = torch.tensor(case.cfg.MODEL.PIXEL_STD).view(-1, 1, 1)
