@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 NAMES = ["cat", "dog"]
@@ -120,3 +121,12 @@ def found(folder: Path, split: str = "train") -> dict[str, list[tuple[str, list[
 def expected(stems: str) -> dict[str, list[tuple[str, list[float]]]]:
     """What `found` is to give."""
     return {stem: [(NAMES[n], list(corners)) for n, *corners in BOXES[stem]] for stem in stems}
+
+
+def fault(folder: Path) -> str:
+    """What is said of a folder that cannot be read."""
+    from detr_family.data.datasets.folder import read_folder
+
+    with pytest.raises(ValueError) as caught:
+        read_folder(folder)
+    return str(caught.value)

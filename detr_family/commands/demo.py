@@ -26,6 +26,7 @@ from detr_family.config import load_config
 from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
+from detr_family.data.datasets.tree import Tree
 from detr_family.engine.processes import launch, meeting, under_torchrun
 from detr_family.errors import UserError
 from detr_family.inference.exported import is_exported
@@ -42,7 +43,9 @@ NO_CV2 = (
 
 
 def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path], list[Path]]:
-    """What a command line names: files, folders (not those below them) and globs ("**" goes below).
+    """What a command line names: files, folders and globs ("**" goes below).
+
+    Of a folder that has no image or video of its own, those in the folders below it are taken.
 
     Args:
         patterns: as typed.
@@ -65,6 +68,8 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path], list[P
             continue
         if path.is_dir():
             found = sorted(child for child in path.iterdir() if child.is_file())
+            if not any(child.suffix.lower() in known | VIDEO_SUFFIXES for child in found):
+                found = Tree(path).files
         else:
             found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
             if not found:

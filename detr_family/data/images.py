@@ -112,13 +112,29 @@ def shown_size(path: str, remedy: str = "Restore the file, or take it out of the
     Raises:
         ImageError: the header cannot be read.
     """
+    return _shown_size_and_mode(path, remedy)[0]
+
+
+def usable_size(path: str) -> tuple[int, int]:
+    """`shown_size` of an image that the detectors can read.
+
+    Raises:
+        ImageError: the header cannot be read, or there are 16 or more bits a channel.
+    """
+    size, mode = _shown_size_and_mode(path, "Restore the file, or take it out of the folder.")
+    check_mode(mode, path)
+    return size
+
+
+def _shown_size_and_mode(path: str, remedy: str) -> tuple[tuple[int, int], str]:
+    """See `shown_size`; and PIL's mode."""
     try:
         with Image.open(path) as image:
-            width, height = image.size
+            (width, height), mode = image.size, image.mode
             turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
     except Exception as error:  # whatever a damaged file makes the decoder raise
         raise unreadable(path, error, remedy) from error
-    return (height, width) if turned else (width, height)
+    return ((height, width) if turned else (width, height)), mode
 
 
 def unreadable(path: str, error: Exception, remedy: str = "Restore the file.") -> ImageError:

@@ -116,7 +116,7 @@ def keeping_hooks(cfg: CfgNode, hooks: list[HookBase], checkpointer: Checkpointe
                        ("EARLY_STOP.MIN_DELTA", cfg.SOLVER.EARLY_STOP.MIN_DELTA)):  # fmt: skip
         if value < 0:
             raise ValueError(f"SOLVER.{key} is {value}; it has to be 0 or more")
-    evaluated = bool(cfg.DATASETS.TEST) and 0 < cfg.TEST.EVAL_PERIOD < cfg.SOLVER.MAX_ITER
+    evaluated = bool(cfg.DATASETS.TEST) and cfg.TEST.EVAL_PERIOD > 0  # in a shorter run than that, once, at its end
     if cfg.SOLVER.EARLY_STOP.PATIENCE and not (evaluated and cfg.SOLVER.BEST_METRIC):
         raise ValueError(
             "SOLVER.EARLY_STOP.PATIENCE is set, but nothing is evaluated during the training: it needs DATASETS.TEST, "

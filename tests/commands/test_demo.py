@@ -118,6 +118,9 @@ def test_inputs_are_files_folders_and_globs_each_once(folder: Path) -> None:
     found, videos, others = find_inputs([str(images), str(images / "*.png"), str(images / "**" / "d.*")])
     assert [path.name for path in found] == ["a.png", "b.jpg", "broken.png", "c.png", "d.PNG"]
     assert [path.name for path in videos] == ["clip.mp4"] and [path.name for path in others] == ["notes.txt"]
+    (folder / "splits" / "train").mkdir(parents=True)
+    (images / "a.png").rename(folder / "splits" / "train" / "a.png")
+    assert find_inputs([str(folder / "splits")]) == ([folder / "splits" / "train" / "a.png"], [], [])
 
 
 def test_inputs_that_are_nothing(folder: Path, capsys: pytest.CaptureFixture) -> None:

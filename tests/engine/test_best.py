@@ -185,6 +185,17 @@ def test_what_cannot_be_meant_is_refused(opts: list[Any], message: str, tmp_path
         Trainer(cfg_of(tmp_path, "run", 6, opts))
 
 
+def test_a_run_shorter_than_its_first_evaluation_keeps_the_best_of_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = script(monkeypatch, {2: 5.0})
+    for period in (2, 9):
+        opts = ["TEST.EVAL_PERIOD", period, "SOLVER.EARLY_STOP.PATIENCE", 3]
+        cfg = cfg_of(tmp_path, f"run{period}", 2, opts)
+        assert keeper(train(cfg)).best_metric == 5.0 and "model_best.pth" in names(cfg)
+    assert made == [2, 2]
+
+
 def test_stopping_for_other_reasons_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(monkeypatch, dict.fromkeys(range(1, 7), 1.0))
     trainer = Trainer(cfg_of(tmp_path, "run"))

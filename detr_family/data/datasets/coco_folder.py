@@ -62,7 +62,7 @@ def read(tree: Tree, files: Sequence[Path]) -> FolderDataset:
         root = image_root(tree, path, data)
         changed = _with_plain_names(tree, root, path, data)
         if root_class:
-            data = {**data, "categories": [entry for entry in data["categories"] if entry["id"] != 0]}
+            data = {**data, "categories": [entry for entry in data["categories"] if entry.get("id") != 0]}
         splits[split] = Split(data, str(root), None if root_class or changed else str(path))
     return FolderDataset(FORMAT, tree.folder, splits, notes)
 
@@ -91,9 +91,11 @@ def _root_class(contents: Sequence[dict[str, Any]]) -> str:
     names = set()
     for data in contents:
         root: dict[str, Any] = next((entry for entry in data["categories"] if entry.get("id") == 0), {})
-        others = [entry.get("supercategory") for entry in data["categories"] if entry.get("id") != 0]
-        used = any(isinstance(entry, dict) and entry.get("category_id") == 0 for entry in data.get("annotations") or ())
-        if root.get("supercategory") != "none" or not others or set(others) != {root.get("name")} or used:
+        others = [str(entry.get("supercategory")) for entry in data["categories"] if entry.get("id") != 0]
+        entries = data.get("annotations")
+        entries = entries if isinstance(entries, list) else []  # told where it is read
+        used = any(isinstance(entry, dict) and entry.get("category_id") == 0 for entry in entries)
+        if root.get("supercategory") != "none" or not others or set(others) != {str(root.get("name"))} or used:
             return ""
         names.add(str(root["name"]))
     return names.pop() if len(names) == 1 else ""

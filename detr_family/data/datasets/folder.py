@@ -22,7 +22,7 @@ from detectron2.utils import comm
 
 from detr_family.data.datasets import coco_folder, csv_boxes, voc, yolo
 from detr_family.data.datasets.labelled import FolderDataset, Split, cut
-from detr_family.data.datasets.tree import Tree
+from detr_family.data.datasets.tree import Tree, split_of
 
 FORMATS: dict[str, ModuleType] = {"coco": coco_folder, "yolo": yolo, "voc": voc, "csv": csv_boxes}
 _logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def read_folder(folder: str | os.PathLike[str], format_name: str = "") -> Folder
         raise FileNotFoundError(f"there is no folder {str(folder)!r} (DATASETS.FOLDER, --data)")
     if format_name and format_name not in FORMATS:
         raise ValueError(f"DATASETS.FOLDER_FORMAT is {format_name!r}; it may be {', '.join(FORMATS)} or empty")
-    tree = Tree(path.absolute() if path.is_dir() else path.absolute().parent)
+    tree = Tree(_inner(path.absolute()) if path.is_dir() else path.absolute().parent)
     if path.is_file():
         name = format_name or {".json": "coco", ".yaml": "yolo", ".yml": "yolo", ".csv": "csv"}.get(path.suffix.lower())
         if name is None:
@@ -74,16 +74,29 @@ def read_folder(folder: str | os.PathLike[str], format_name: str = "") -> Folder
     return read
 
 
+def _inner(folder: Path) -> Path:
+    """A folder, or what an archive was unpacked into: the only folder in it, where it has nothing else."""
+    while True:
+        inside = [path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))]
+        if len(inside) != 1 or not inside[0].is_dir() or split_of(inside[0].name):
+            return folder
+        folder = inside[0]
+
+
 def _unknown(tree: Tree, format_name: str) -> str:
     suffixes: dict[str, int] = {}
     for path in tree.files:
         suffixes[path.suffix.lower()] = suffixes.get(path.suffix.lower(), 0) + 1
     listed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(suffixes.items())[:12])
     wanted = FORMATS[format_name].FORMAT if format_name else "COCO, YOLO, Pascal VOC or CSV"
+    tables = tree.with_suffix(".csv", depth=1) if format_name in ("", "csv") else []
+    hint = f". {csv_boxes.unknown_columns(tables[0])}" if tables else ""
+    if {path.stem for path in tree.images} & {path.stem for path in tree.with_suffix(".txt")}:
+        hint += ". Its text files may be YOLO's labels: write the names of the classes, a line each, into classes.txt"
     return (
         f"{tree.folder} has no annotations in the format of {wanted}. Looked for a COCO annotation file (.json) here "
         "or one folder down, data.yaml or classes.txt with YOLO's text files, VOC's XML files, a CSV file of boxes. "
-        f"Its files by suffix: {listed or 'none'}"
+        f"Its files by suffix: {listed or 'none'}{hint}"
     )
 
 

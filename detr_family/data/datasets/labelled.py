@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_family.data.datasets.tree import some
-from detr_family.data.images import shown_size
+from detr_family.data.images import usable_size
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class FolderDataset:
     def describe(self) -> list[str]:
         """What was recognised, in lines: splits with their counts, classes, notes."""
         first = next(iter(self.splits.values())).content
-        names = [category["name"] for category in first["categories"]]
+        names = [category.get("name") for category in first["categories"]]
         counts = [
-            f"{split} {len(part.content['images'])} images, {len(part.content.get('annotations', ()))} boxes"
+            f"{split} {len(part.content['images'])} images, {_count(part.content.get('annotations'))} boxes"
             for split, part in self.splits.items()
         ]
         return [
@@ -97,13 +97,13 @@ def coco_split(folder: Path, images: Sequence[LabelledImage], class_names: Seque
         class_names: by class number; category ids are class numbers + 1.
 
     Raises:
-        ImageError: the header of an image cannot be read.
+        ImageError: the header of an image cannot be read, or it has 16 bits a channel.
     """
     numbers = {name: number for number, name in enumerate(class_names)}
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     with ThreadPoolExecutor(8) as pool:
-        sizes = list(pool.map(lambda image: shown_size(str(image.path)), images))
+        sizes = list(pool.map(lambda image: usable_size(str(image.path)), images))
     for number, (image, (width, height)) in enumerate(zip(images, sizes, strict=True), start=1):
         path = image.path.relative_to(folder) if folder in image.path.parents else image.path.absolute()
         entries.append({"id": number, "file_name": path.as_posix(), "width": width, "height": height})
@@ -144,26 +144,41 @@ def cut(split: Split, share: float, seed: int) -> tuple[Split, Split]:
         raise ValueError(f"{split.image_root} has {len(images)} images: none can be kept apart for the validation")
 
     def drawn(image: dict[str, Any]) -> bytes:
-        return hashlib.blake2b(f"{seed}:{image['file_name']}".encode("utf-8", "backslashreplace")).digest()
+        return hashlib.blake2b(f"{seed}:{image.get('file_name')}".encode("utf-8", "backslashreplace")).digest()
 
     count = min(max(round(share * len(images)), 1), len(images) - 1)
-    second = {image["id"] for image in sorted(images, key=drawn)[:count]}
+    second = {_key(image.get("id")) for image in sorted(images, key=drawn)[:count]}
     parts = []
     for inside in (False, True):
         content = {
             **split.content,
-            "images": [image for image in images if (image["id"] in second) == inside],
+            "images": [image for image in images if (_key(image.get("id")) in second) == inside],
         }
-        if "annotations" in split.content:
+        if isinstance(entries := split.content.get("annotations"), list):
             content["annotations"] = [
-                entry for entry in split.content["annotations"] if (entry.get("image_id") in second) == inside
+                entry
+                for entry in entries
+                if (isinstance(entry, dict) and _key(entry.get("image_id")) in second) == inside
             ]
         parts.append(Split(content, split.image_root))
     return parts[0], parts[1]
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file that are not blank, stripped, with their numbers from 1 on.
+def _count(entries: object) -> int:
+    return len(entries) if isinstance(entries, list) else 0
+
+
+def _key(identifier: object) -> object:
+    """An id to look up; those that cannot be ids are told where the file that is written here is read."""
+    return identifier if isinstance(identifier, (int, float, str)) else None
+
+
+def read_lines(path: Path, strip: bool = True) -> list[tuple[int, str]]:
+    """The lines of a text file, with their numbers from 1 on.
+
+    Args:
+        path: the file, in UTF-8.
+        strip: leave out blank lines, and spaces around the others.
 
     Raises:
         ValueError: it cannot be read, or is not UTF-8.
@@ -174,4 +189,5 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it again as UTF-8") from error
-    return [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = list(enumerate(text.splitlines(), start=1))
+    return [(number, line.strip()) for number, line in lines if line.strip()] if strip else lines

@@ -1,7 +1,7 @@
 """Pascal VOC's XML files: Annotations/ with JPEGImages/ and lists in ImageSets/Main, or XML beside images.
 
-Corners are pixels from 1 on, as the VOC devkit and Detectron2 have them, unless a file of the dataset has a 0: then
-they are pixels from 0 on, as many tools write them. An object marked difficult is, as in VOC's evaluation, neither
+Corners are pixels from 1 on, as the VOC devkit and Detectron2 have them, unless a file of the dataset has one below 1:
+then they are pixels from 0 on, as many tools write them. An object marked difficult is, as in VOC's evaluation, neither
 trained on nor counted (`ignore` in COCO's terms). The image's size is taken from the image.
 """
 
@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from detr_family.data.datasets.labelled import FolderDataset, LabelledBox, LabelledImage, coco_split, read_lines
-from detr_family.data.datasets.tree import Tree, plain, some, split_of, split_of_path
+from detr_family.data.datasets.tree import IMAGE_SUFFIXES, Tree, plain, some, split_of, split_of_path
 
 FORMAT = "Pascal VOC"
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_FLAGS = {"": False, "0": False, "false": False, "unspecified": False, "1": True, "true": True}
 
 
 @dataclass
@@ -125,44 +126,64 @@ def _parse(path: Path) -> _Annotation:
         xml.sax.parse(str(path), handler)
     except xml.sax.SAXParseException as error:
         raise ValueError(f"{path}:{error.getLineNumber()}: the file is no XML ({error.getMessage()})") from error
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
+    except (ValueError, LookupError) as error:  # of an encoding that the parser does not know
+        raise ValueError(f"{path} cannot be read ({error}). Save it again as UTF-8.") from error
     return handler.found
 
 
-def _lists(tree: Tree) -> dict[str, Path]:
-    """The lists of images by split; VOC's lists of single classes are none."""
-    lists = {
-        path.stem.lower(): path
-        for path in tree.with_suffix(".txt")
-        if path.parent.name.lower() == "main" and path.parent.parent.name.lower() == "imagesets"
-    }
-    found = {split: lists[name] for split in ("train", "val", "test") for name in (split,) if name in lists}
+def _lists(tree: Tree) -> dict[str, list[Path]]:
+    """The lists of images by split, several where there are (VOC2007, VOC2012); lists of single classes are none."""
+    lists: dict[str, list[Path]] = {}
+    for path in tree.with_suffix(".txt"):
+        if path.parent.name.lower() == "main" and path.parent.parent.name.lower() == "imagesets":
+            lists.setdefault(path.stem.lower(), []).append(path)
+    found: dict[str, list[Path]] = {split: lists[split] for split in ("train", "val", "test") if split in lists}
     if "train" not in found and "trainval" in lists:
-        found = {"train": lists["trainval"], **{split: path for split, path in found.items() if split != "val"}}
+        found = {"train": lists["trainval"], **{split: paths for split, paths in found.items() if split != "val"}}
     return found
 
 
 def _listed(
-    tree: Tree, lists: dict[str, Path], annotations: dict[Path, _Annotation]
+    tree: Tree, lists: dict[str, list[Path]], annotations: dict[Path, _Annotation]
 ) -> Iterator[tuple[str, list[tuple[Path, Path]]]]:
-    """XML files and images of each list."""
-    by_stem = {plain(path.stem): path for path in annotations}
-    for split, listing in lists.items():
+    """XML files and images of the lists of each split."""
+    by_stem: dict[str, list[Path]] = {}
+    for path in annotations:
+        by_stem.setdefault(plain(path.stem), []).append(path)
+    for split, listings in lists.items():
         pairs = []
-        for number, line in read_lines(listing):
-            words = line.rsplit(maxsplit=1)
-            name = words[0] if len(words) == 2 and words[1] in ("-1", "0", "1") else line
-            path = by_stem.get(plain(name))
-            if path is None:
-                raise ValueError(f"{listing}:{number}: {name!r} has no XML file. Restore it or remove the line.")
-            image = _image(tree, annotations[path])
-            if image is None:
-                raise ValueError(f"{listing}:{number}: {name!r} has no image. Restore it or remove the line.")
-            pairs.append((path, image))
+        for listing in listings:
+            for number, line in read_lines(listing):
+                file = _listed_file(by_stem, listing, line)
+                if file is None:
+                    raise ValueError(f"{listing}:{number}: {line!r} has no XML file. Restore it or remove the line.")
+                image = _image(tree, annotations[file])
+                if image is None:
+                    raise ValueError(f"{listing}:{number}: {line!r} has no image. Restore it or remove the line.")
+                pairs.append((file, image))
         if not pairs:
-            raise ValueError(f"{listing} lists no image")
+            raise ValueError(f"{some(listings)} lists no image")
         yield split, pairs
+
+
+def _listed_file(by_stem: dict[str, list[Path]], listing: Path, line: str) -> Path | None:
+    """The XML file of a line: a name, maybe with a suffix or a folder, or with VOC's mark 1, 0 or -1 after it."""
+    names = [line]
+    if len(words := line.rsplit(maxsplit=1)) == 2 and words[1] in ("-1", "0", "1"):
+        names.append(words[0])
+    for name in names:
+        stem = plain(name).rpartition("/")[2]
+        short, _, suffix = stem.rpartition(".")
+        for wanted in (stem, short) if f".{suffix}" in {*IMAGE_SUFFIXES, ".xml"} else (stem,):
+            found = by_stem.get(wanted, [])
+            own = [path for path in found if listing.parent.parent.parent in path.parents]  # VOC2007/ImageSets/Main
+            if len(own or found) > 1:
+                raise ValueError(f"{listing}: {line!r} may mean any of {some(own or found)}: give them other names")
+            if found:
+                return (own or found)[0]
+    return None
 
 
 def _unlisted(
@@ -208,9 +229,14 @@ def _image(tree: Tree, found: _Annotation) -> Path | None:
 
 
 def _has_zero(found: _Annotation) -> bool:
-    return any(
-        entry.values.get(tag, ("1", 0))[0] in ("0", "0.0", "0.00") for entry in found.objects for tag in _CORNERS[:2]
-    )
+    return any(_below_one(entry.values.get(tag, ("1", 0))[0]) for entry in found.objects for tag in _CORNERS[:2])
+
+
+def _below_one(text: str) -> bool:
+    try:
+        return float(text) < 1
+    except ValueError:
+        return False  # told where the box is read
 
 
 def _box(found: _Annotation, entry: _Object, first: int) -> LabelledBox:
@@ -227,7 +253,7 @@ def _box(found: _Annotation, entry: _Object, first: int) -> LabelledBox:
     if not name:
         raise ValueError(f"{found.file}:{line}: the object has no name. Give its class.")
     difficult, line = entry.values.get("difficult", ("0", entry.line))
-    if difficult not in ("0", "1", ""):
+    if difficult.lower() not in _FLAGS:
         raise ValueError(f"{found.file}:{line}: difficult is {difficult!r}. It must be 0 or 1.")
     x1, y1, x2, y2 = corners
-    return LabelledBox(name, (x1 - first, y1 - first, x2, y2), ignore=difficult == "1")
+    return LabelledBox(name, (x1 - first, y1 - first, x2, y2), ignore=_FLAGS[difficult.lower()])

@@ -9,6 +9,7 @@ bounding box is taken, or, with `kpt_shape:`, a box and its keypoints; all numbe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,12 @@ from detr_family.data.datasets.tree import Tree, plain, some, split_of_path
 
 FORMAT = "YOLO"
 _SPLITS = ("train", "val", "test")
+_REMEDIES = {
+    "train": "Correct the path.",
+    "val": "Correct the path, or remove the line: a share of the training images is then kept apart.",
+}
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels")
+_KEY = re.compile(rb"""^(?:\xef\xbb\xbf)?[{"']*(?:names|nc)["']?[ \t]*:""", re.MULTILINE)
 _FARTHEST = 2.0  # of a fraction from the image; beyond it, numbers are pixels
 _NO_LABELS = {*_NAME_FILES, "train.txt", "val.txt", "valid.txt", "test.txt", "trainval.txt", "notes.txt"}
 
@@ -42,7 +48,7 @@ class _Description:
 def find(tree: Tree) -> Path | None:
     """The file that describes a YOLO dataset: a YAML file with `names` or `nc`, else a list of names beside labels."""
     for path in sorted(tree.with_suffix(".yaml", ".yml", depth=1), key=lambda path: len(path.parts)):
-        if {"names", "nc"} & _lines_of_keys(path).keys():
+        if _KEY.search(path.read_bytes()):  # by its text: where it is no YAML, reading it says what is wrong
             return path
     named = [path for path in tree.files if path.name.lower() in _NAME_FILES]
     return named[0] if named and len(tree.with_suffix(".txt")) > 1 else None
@@ -56,6 +62,7 @@ def read(tree: Tree, file: Path) -> FolderDataset:
             at all; with file and line. (A test split without labels is left out.)
     """
     described = _describe(file)
+    _one_list_of_names(tree, described)
     notes: list[str] = []
     splits = {}
     for split, paths in _images(tree, described, notes).items():
@@ -91,38 +98,60 @@ def read(tree: Tree, file: Path) -> FolderDataset:
     return FolderDataset(FORMAT, tree.folder, splits, notes)
 
 
-def _lines_of_keys(path: Path) -> dict[str, int]:
-    """The line of each key of a YAML file; empty where it is no mapping."""
+def _parsed(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    """A YAML file's values by key, the same as they are written ("no" is a name, no falsehood), and the keys' lines.
+
+    Raises:
+        ValueError: it is no YAML, or no mapping.
+    """
+    text = "\n".join(line for _, line in read_lines(file, strip=False))
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return {}
+        values, written = (yaml.load(text, Loader=loader) for loader in (yaml.SafeLoader, yaml.BaseLoader))
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{file}:{mark.line + 1}" if mark is not None else str(file)
+        raise ValueError(f"{place}: the file is no YAML ({getattr(error, 'problem', error)}). Correct it.") from error
     if not isinstance(node, yaml.MappingNode):
-        return {}
-    return {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
+        raise ValueError(f"{file}:1: the file is no mapping of keys. It has to have the key names, with the classes.")
+    return values, written, {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
 
 
 def _describe(file: Path) -> _Description:
     if file.suffix.lower() not in (".yaml", ".yml"):
         return _Description(file, [line for _, line in read_lines(file)], {}, {})
-    values = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    described = _Description(file, [], values, _lines_of_keys(file))
-    names, count = values.get("names"), values.get("nc")
+    values, written, lines = _parsed(file)
+    described = _Description(file, [], values, lines)
+    names, count = written.get("names"), values.get("nc")
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+        if sorted(names) != sorted(map(str, range(len(names)))):
             raise described.fault(
                 "names", f"the class numbers are {some(names, 10)}", f"Number them from 0 to {len(names) - 1}."
             )
-        names = [names[number] for number in range(len(names))]
-    if names is None and isinstance(count, int):
+        names = [names[str(number)] for number in range(len(names))]
+    if not names and isinstance(count, int):
         names = [f"class {number}" for number in range(count)]
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise described.fault("names", f"names is {names!r}", "List the classes there.")
     if isinstance(count, int) and count != len(names):
         raise described.fault("nc", f"nc is {count}, but there are {len(names)} names", "Correct one of the two.")
-    if len(set(map(str, names))) < len(names):
+    if len(set(names)) < len(names):
         raise described.fault("names", "a class name is there twice", "Give each class a name of its own.")
-    return _Description(file, [str(name) for name in names], values, described.lines)
+    return _Description(file, names, values, lines)
+
+
+def _one_list_of_names(tree: Tree, described: _Description) -> None:
+    """LabelImg writes classes.txt into every folder of labels: numbers must mean the same in all of them."""
+    if described.values:
+        return
+    for path in tree.files:
+        if path.name.lower() == described.file.name.lower() and path != described.file:
+            names = [line for _, line in read_lines(path)]
+            if names != described.names:
+                raise ValueError(
+                    f"{described.file} lists {some(described.names)}, but {path} lists {some(names)}: class numbers "
+                    "must mean the same in all labels. Write a data.yaml with the names, or make the lists alike"
+                )
 
 
 def _images(tree: Tree, described: _Description, notes: list[str]) -> dict[str, list[Path]]:
@@ -132,10 +161,19 @@ def _images(tree: Tree, described: _Description, notes: list[str]) -> dict[str, 
         key = next((key for key in ((split, "valid") if split == "val" else (split,)) if described.values.get(key)), "")
         value = described.values.get(key)
         found: dict[Path, None] = {}
-        for entry in value if isinstance(value, list) else [value] if value else []:
-            found.update(dict.fromkeys(_entry(tree, described, key, str(entry), notes)))
+        try:
+            for entry in value if isinstance(value, list) else [value] if value else []:
+                found.update(dict.fromkeys(_entry(tree, described, key, str(entry), notes)))
+        except FileNotFoundError as error:
+            if split != "test":
+                raise described.fault(key, str(error), _REMEDIES[split]) from error
+            notes.append(f"{described.file}:{described.lines[key]}: {error}: there is no test split")
+            continue
         if value and not found:
-            raise described.fault(key, f"{key} is {value!r}, where there is no image", "Correct the path.")
+            problem = f"{key} is {value!r}, where there is no image"
+            if split != "test":
+                raise described.fault(key, problem, _REMEDIES[split])
+            notes.append(f"{described.file}:{described.lines[key]}: {problem}: there is no test split")
         if found:
             splits[split] = list(found)
     if splits:
@@ -149,18 +187,28 @@ def _images(tree: Tree, described: _Description, notes: list[str]) -> dict[str, 
 
 
 def _entry(tree: Tree, described: _Description, key: str, entry: str, notes: list[str]) -> list[Path]:
-    """The images of one folder or list of a split."""
+    """The images of one folder or list of a split.
+
+    Raises:
+        FileNotFoundError: there is no such folder or list.
+        ValueError: the list names an image that is not here.
+    """
     own = described.file.parent
     root = Path(str(described.values.get("path") or "").replace("\\", "/")).expanduser()
     entry = entry.replace("\\", "/")
     # Roboflow writes ../train/images and means train/images; `path:` may be that of another computer.
     tried = [own / root / entry, root / entry, own / entry, own / entry.removeprefix("../"), own.parent / root / entry]
     path = next((path for path in tried if path.exists()), None)
+    elsewhere = re.match(r"/|[A-Za-z]:/", entry)
+    if path is None and elsewhere:  # /content/cells/train/images of another computer, the longest end that is here
+        parts = [part for part in entry.split("/") if part]
+        path = next((p for i in range(1, len(parts)) if (p := own.joinpath(*parts[i:])).exists()), None)
+        note = f"{described.file}: {key} is {entry!r}, which is not here; {path} is taken"
+        notes.extend([note] if path is not None else [])
     if path is None:
-        raise described.fault(
-            key, f"{key} is {entry!r}, which is neither at {tried[0]} nor at {tried[2]}", "Correct the path."
-        )
-    if path == own / entry and path != tried[0]:
+        places = dict.fromkeys(str(place) for place in (tried[0], tried[2]))
+        raise FileNotFoundError(f"{key} is {entry!r}, which is not at {' or '.join(places)}")
+    if path == own / entry and path != tried[0] and not elsewhere:
         note = f"{described.file}: there is no {tried[0].parent}; the folders beside the file are taken"
         notes.extend([note] if note not in notes else [])
     if path.is_dir():
