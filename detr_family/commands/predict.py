@@ -78,7 +78,8 @@ def command(arguments: Sequence[str] | None = None) -> int:
             launch(main, args, going_on="The same command goes on")
             if args.shard or (under_torchrun() and int(os.environ["RANK"]) > 0):
                 return 0
-        merged = journal.merge(args.output, args.parquet)
+        with mistakes():
+            merged = journal.merge(args.output, args.parquet)
     except UserError as error:
         print(f"predict: {error}", file=sys.stderr)
         return 2

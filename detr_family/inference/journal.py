@@ -101,7 +101,8 @@ def lines_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 line = json.loads(text)
             except ValueError:
                 continue
-            yield start, line
+            if isinstance(line, dict) and "file_name" in line:  # else of another program
+                yield start, line
 
 
 def parts_of(folder: Path) -> list[Path]:
@@ -162,6 +163,8 @@ def _about(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no results: there is no {_RUN}") from error
     except ValueError as error:
         raise UserError(f"{folder / _RUN} is damaged ({error}): give --restart") from error
+    if not isinstance(about, dict) or not {"settings", "categories"} <= about.keys():
+        raise UserError(f"{folder / _RUN} is not of a run of this command: give another --output, or --restart")
     return about
 
 

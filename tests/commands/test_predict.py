@@ -20,6 +20,7 @@ from pycocotools.coco import COCO
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.commands.predict import command, share_of
+from detr_family.inference import journal
 from detr_family.inference.many import predict_many
 from detr_family.inference.predictor import Predictor
 
@@ -172,7 +173,6 @@ def test_tiles_and_coco_files(folder: Path) -> None:
 
 def test_an_image_that_the_detector_refuses_does_not_stop_the_rest(folder: Path) -> None:
     predictor = Predictor.from_config(str(folder / "config.yaml"), str(folder / "weights.pth"), batch_size=2)
-    from detr_family.inference import journal
     from detr_family.inference.work import find_work
 
     def refuse(module: Any, inputs: Any) -> None:
@@ -187,6 +187,18 @@ def test_an_image_that_the_detector_refuses_does_not_stop_the_rest(folder: Path)
     failed = journal.merge(folder / "out").failed
     assert 1 <= sum("smaller than the file takes" in reason for _, reason in failed) <= 3
     assert len(lines(folder / "out")) == 8
+
+
+def test_what_cannot_be_merged_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal.begin(tmp_path, {}, NAMES, [1, 2, 3], restart=False)
+    (tmp_path / "part-00000.jsonl").write_text("3\n[]\n{}\n")  # not ours
+    (tmp_path / "results.json").mkdir()
+    for change, said in ((None, "results.json"), ("[]", "run.json is not of a run"), ("{", "run.json is damaged")):
+        if change:
+            (tmp_path / "run.json").write_text(change)
+        assert command(["--output", str(tmp_path), "--merge"]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.startswith("predict: ") and error.count("\n") == 1
 
 
 def test_a_video_is_shared_frame_by_frame(folder: Path) -> None:

@@ -59,6 +59,9 @@ def read(tree: Tree, files: Sequence[Path]) -> FolderDataset:
         if split not in loaded:
             continue
         path, data = loaded[split]
+        if split == "test" and not data.get("annotations"):
+            notes.append(f"test: {path} has no annotations: the split is left out")
+            continue
         root = image_root(tree, path, data)
         changed = _with_plain_names(tree, root, path, data)
         if root_class:

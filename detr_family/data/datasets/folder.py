@@ -25,6 +25,7 @@ from detr_family.data.datasets.labelled import FolderDataset, Split, cut
 from detr_family.data.datasets.tree import Tree, split_of
 
 FORMATS: dict[str, ModuleType] = {"coco": coco_folder, "yolo": yolo, "voc": voc, "csv": csv_boxes}
+_ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"}
 _logger = logging.getLogger(__name__)
 
 
@@ -49,10 +50,10 @@ def read_folder(folder: str | os.PathLike[str], format_name: str = "") -> Folder
     if path.is_file():
         name = format_name or {".json": "coco", ".yaml": "yolo", ".yml": "yolo", ".csv": "csv"}.get(path.suffix.lower())
         if name is None:
-            raise ValueError(f"{path} is no folder, data.yaml, COCO annotation file or CSV file")
+            remedy = ". Unpack it" if path.suffix.lower() in _ARCHIVES else ""
+            raise ValueError(f"{path} is no folder, data.yaml, COCO annotation file or CSV file{remedy}")
         own = path.absolute()
-        alone: FolderDataset = FORMATS[name].read(tree, own if name == "yolo" else [own])
-        return alone
+        return _not_empty(FORMATS[name].read(tree, own if name == "yolo" else [own]))
     found = {
         name: handle
         for name, module in FORMATS.items()
@@ -62,7 +63,7 @@ def read_folder(folder: str | os.PathLike[str], format_name: str = "") -> Folder
         raise ValueError(_unknown(tree, format_name))
     read: FolderDataset | None = None
     for name, handle in found.items():
-        candidate: FolderDataset = FORMATS[name].read(tree, handle)
+        candidate = _not_empty(FORMATS[name].read(tree, handle))
         if read is None or ("train" in candidate.splits and "train" not in read.splits):
             read = candidate
         if "train" in read.splits:
@@ -71,6 +72,12 @@ def read_folder(folder: str | os.PathLike[str], format_name: str = "") -> Folder
     others = [FORMATS[name].FORMAT for name in found if not read.format.startswith(FORMATS[name].FORMAT)]
     if others:
         read.notes.append(f"it also has {' and '.join(others)} annotations; DATASETS.FOLDER_FORMAT chooses")
+    return read
+
+
+def _not_empty(read: FolderDataset) -> FolderDataset:
+    if not read.splits:
+        raise ValueError(f"{read.folder}: nothing of it can be used. {'; '.join(read.notes)}")
     return read
 
 

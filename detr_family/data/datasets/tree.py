@@ -14,6 +14,7 @@ IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".avif", ".webp", ".png", ".bmp", ".gif", ".tif", ".tiff"),
     *(".pbm", ".pgm", ".ppm", ".pnm"),
 }
+_WRITTEN_HERE = ({"config.yaml", "log.txt"}, {"results.json", "images.json"})
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "minival", "dev"), "val"),
@@ -49,6 +50,8 @@ def plain(name: str) -> str:
 class Tree:
     """The files below a folder, but for hidden ones; links to folders are followed once.
 
+    Folders below it that a training or the demo wrote are left out: they have drawings called as the images are.
+
     Args:
         folder: an existing folder.
     """
@@ -59,6 +62,9 @@ class Tree:
         seen: set[str] = set()
         for top, folders, files in os.walk(folder, followlinks=True):
             real = os.path.realpath(top)
+            if top != str(folder) and any(set(files) >= written for written in _WRITTEN_HERE):
+                folders[:] = []
+                continue
             folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
             if real not in seen:
                 self.files += [Path(top, name) for name in sorted(files) if not name.startswith(".")]

@@ -157,6 +157,32 @@ def test_a_coco_folder_with_a_fault_is_one_clear_error(tmp_path: Path, cfg: CfgN
         training_dicts(cfg)
 
 
+def test_a_test_split_without_annotations_is_left_out(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        image(tmp_path / split / "a.jpg", "a")
+        coco(tmp_path / split / "_annotations.coco.json", {"a": "a.jpg"})
+    path = tmp_path / "test" / "_annotations.coco.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key[0] != "a"}))
+    read = read_folder(tmp_path)
+    assert list(read.splits) == ["train"] and "the split is left out" in read.notes[0]
+    (tmp_path / "train" / "_annotations.coco.json").unlink()
+    assert "nothing of it can be used. test: " in fault(tmp_path)
+
+
+def test_what_a_training_in_the_folder_wrote_is_no_part_of_it(tmp_path: Path) -> None:
+    yolo(tmp_path, yaml="names: [cat, dog]\n")
+    for name, marks in {"output": ("config.yaml", "log.txt"), "drawn": ("results.json", "images.json")}.items():
+        image(tmp_path / name / "train" / "a.jpg")
+        for mark in marks:
+            (tmp_path / name / mark).write_text("{}")
+    assert found(tmp_path) == expected("ab")
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "cells.zip").write_bytes(b"PK")
+    assert fault(tmp_path / "cells.zip").endswith("Unpack it")
+
+
 def test_of_two_formats_the_key_chooses(tmp_path: Path) -> None:
     yolo(tmp_path)
     coco(tmp_path / "train.json", {"a": "images/train/a.jpg"})
