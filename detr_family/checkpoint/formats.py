@@ -31,7 +31,7 @@ class Format:
         backbone_only: an ImageNet backbone, not a detector.
         differences: (its state dict, config.json beside it, the model) -> where the model computes something else.
         dilated: (its state dict, config.json) -> whether the backbone's last stage is dilated; None: it does not say.
-        folder: where in configs/ the origin's settings are, if they are not those of the papers' releases.
+        folder: (its state dict) -> where in configs/ its settings are; "" where they are those of the papers' releases.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Format:
     backbone_only: bool = False
     differences: Callable[[State, Mapping[str, Any], nn.Module], list[str]] = lambda *_: []
     dilated: Callable[[State, Mapping[str, Any]], bool | None] = lambda *_: None
-    folder: str = ""
+    folder: Callable[[State], str] = lambda _: ""
 
 
 def _mmdetection(*_: Any) -> State:
@@ -58,7 +58,7 @@ FORMATS = (
         lambda state, *_: detrex.convert_detrex(state),
         differences=lambda state, _, model: detrex.differences(state, model),
         dilated=lambda state, _: detrex.is_dilated(state),
-        folder="detrex/",
+        folder=lambda _: "detrex/",
     ),
     Format(
         "transformers",
@@ -66,6 +66,7 @@ FORMATS = (
         lambda state, classes, _: transformers.convert_transformers(state, classes),
         differences=lambda _, config, model: transformers.differences(config, model),
         dilated=lambda _, config: transformers.is_dilated(config),
+        folder=transformers.folder,
     ),
     Format("the paper's authors", releases.SIGN, releases.convert_released),
     Format(
@@ -108,7 +109,7 @@ def unfit(origin: Format, state: State, converted: State, config: Mapping[str, A
 
 def belongs_to(origin: Format, state: State, converted: State, config: Mapping[str, Any]) -> str:
     """The config file that a foreign file belongs to."""
-    return config_file(converted, dilated=bool(origin.dilated(state, config)), folder=origin.folder)
+    return config_file(converted, dilated=bool(origin.dilated(state, config)), folder=origin.folder(state))
 
 
 def _stride(model: Any) -> int:

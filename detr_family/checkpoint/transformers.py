@@ -163,6 +163,11 @@ def family(names: Collection[str]) -> str:
     return "DETR"
 
 
+def folder(state: Collection[str]) -> str:
+    """Where in configs/ a detector's settings are: DAB-DETR's inverse sigmoid has another eps than in the release."""
+    return "transformers/" if family([in_files(name) for name in state]) == "DAB-DETR" else ""
+
+
 def convert_transformers(state: Mapping[str, Tensor], num_classes: int) -> dict[str, Tensor]:
     """A state dict of transformers under the names here, with the rows that the models here have.
 

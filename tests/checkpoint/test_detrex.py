@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import foreign
 import golden
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 
 from detr_family.checkpoint import DETRCheckpointer, read_class_names
 from detr_family.checkpoint.architecture import config_file
-from detr_family.checkpoint.detrex import convert_detrex
+from detr_family.checkpoint.detrex import convert_detrex, differences
+from detr_family.checkpoint.formats import recognise
 from detr_family.checkpoint.rows import COCO_NAMES
 from detr_family.config import load_config
 
@@ -44,6 +46,8 @@ def test_outputs_and_losses_of_single_images_are_detrexs(name: str, tmp_path: Pa
     expected = golden.load(f"detrex_{name}")
     model = golden.fill(model_of(f"detrex/{name}"), expected, tmp_path / "detrex.pth")
     golden.compare_single_images(model, expected, proposals="_interm")
+    names = foreign.as_detrex(model.state_dict())  # so those that the tests write are its own
+    assert names.keys() == expected.state_shapes.keys()
     assert read_class_names(str(tmp_path / "detrex.pth")) == COCO_NAMES
 
 
@@ -71,13 +75,17 @@ def test_another_config_file_is_refused_with_the_name_of_the_right_one(
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "detrex").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_config_file_is_the_one_that_its_weights_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_config_file_is_filled_by_its_weights_which_name_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "swin" in path.stem:  # Detectron2's asks for the numbers of its drop path
         monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
     with torch.device("meta"):
         model = model_of(f"detrex/{path.stem}", "MODEL.DEVICE", "meta")
     name = config_file(model.state_dict(), dilated="dc5" in path.stem, folder="detrex/")
     assert name == f"configs/detrex/{path.stem.removesuffix('_24ep')}.yaml"
+    numbered = foreign.numbered(model)
+    there = foreign.as_detrex(numbered, dilated="dc5" in path.stem)
+    assert recognise(there) is not None and recognise(there).name == "detrex" and not differences(there, model)
+    foreign.assert_numbered(convert_detrex(there), numbered)
 
 
 def test_averaged_weights_and_old_names(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
-"""A checkpoint of another origin goes where one of this project goes: evaluation, fine-tuning, the demo."""
+"""A checkpoint of another origin goes where one of this project goes: evaluation, fine-tuning, demo and predict."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import foreign
 import hub
 import pytest
 import tiny
@@ -14,50 +17,47 @@ from detectron2.modeling import build_model
 from engine_runs import run_cfg, train
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.checkpoint.to_transformers import write_for_transformers
-from detr_family.commands import demo
+from detr_family.checkpoint.rows import CLASS_ROWS, COCO_NAMES
+from detr_family.commands import demo, predict
 from detr_family.commands.train import main
 from detr_family.engine.processes import argument_parser
-from detr_family.modeling.set_detector import SetDetector
-
-
-def as_detrex(model: SetDetector, cfg: CfgNode, folder: Path, names: list[str]) -> str:
-    """DETR's weights under detrex's names, which say nothing of classes."""
-    state = {}
-    for name, value in model.state_dict().items():
-        for here, there in (
-            (".self_attn.", ".attentions.0.attn."),
-            (".multihead_attn.", ".attentions.1.attn."),
-            (".linear1.", ".ffns.0.layers.0.0."),
-            (".linear2.", ".ffns.0.layers.1."),
-            ("decoder.norm.", "decoder.post_norm_layer."),
-            *((f".norm{i + 1}.", f".norms.{i}.") for i in range(3) if ".layers." in name),
-        ):
-            name = name.replace(here, there)
-        state[name] = value
-    torch.save({"model": state, "iteration": 89999}, folder / "detrex.pth")
-    return str(folder / "detrex.pth")
-
-
-def as_transformers(model: SetDetector, cfg: CfgNode, folder: Path, names: list[str]) -> str:
-    write_for_transformers(str(folder / "for_transformers"), cfg, model, names)
-    return str(folder / "for_transformers")
-
-
-def run(folder: Path, opts: list[Any] | None = None) -> CfgNode:
-    return hub.narrow(run_cfg("DETR", folder, "run", opts))
-
 
 SHAPES = ["circle", "square", "triangle"]
+# What detrex's detectors have otherwise than the releases (docs/checkpoints.md).
+DETREX_DINO = ["MODEL.DINO.SHARE_HEADS", False]
+DETREX_DINO += ["MODEL.DETR.SPATIAL_ENCODING.TEMPERATURE", 10000.0, "MODEL.DETR.SPATIAL_ENCODING.OFFSET", -0.5]
 
 
-@pytest.mark.parametrize("write", [as_detrex, as_transformers])
+def run(name: str, folder: Path, opts: Sequence[Any] = ()) -> CfgNode:
+    """The named detector on a narrow ResNet-50."""
+    maps = ["res4", "res5"] if name == "DINO" else ["res5"]
+    cfg = hub.narrow(run_cfg(name, folder, "run"))
+    cfg.merge_from_list(["MODEL.RESNETS.OUT_FEATURES", maps, *opts])
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "opts"),
+    [
+        ("DETR", foreign.detrex_file, []),
+        ("DETR", foreign.transformers_folder, []),
+        pytest.param("DINO", foreign.detrex_file, DETREX_DINO, marks=pytest.mark.slow),
+        pytest.param("DINO", foreign.released_file, [], marks=pytest.mark.slow),
+        pytest.param("DETR", foreign.released_file, [], marks=pytest.mark.slow),
+        pytest.param("DABDETR", foreign.transformers_bin, [], marks=pytest.mark.slow),
+    ],
+)
 def test_it_is_evaluated_shown_and_fine_tuned(
-    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    write: Any,
+    opts: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name in ("setup_logger", "default_setup"):  # which would take the loggers from the tests after this one
-        monkeypatch.setattr(f"detr_family.commands.train.{name}", lambda *_, **__: None)
-    cfg = run(tmp_path)
+    for function in ("setup_logger", "default_setup"):  # which would take the loggers from the tests after this one
+        monkeypatch.setattr(f"detr_family.commands.train.{function}", lambda *_, **__: None)
+    cfg = run(name, tmp_path, opts)
     torch.manual_seed(3)
     path = write(build_model(cfg), cfg, tmp_path, SHAPES)
 
@@ -70,25 +70,26 @@ def test_it_is_evaluated_shown_and_fine_tuned(
     image = next((tmp_path / "data").rglob("*.png"))
     words = ["--config-file", str(tmp_path / "config.yaml"), "--weights", path, "--input", str(image)]
     words += ["--output", str(tmp_path / "drawn"), "--confidence-threshold", "0"]
-    opts = ["--opts", "MODEL.DETR.NUM_CLASSES", "3"]  # which detrex's file does not say
-    assert demo.run(demo.parser().parse_args([*words, *opts]), progress=False) == 0
-    assert "7 boxes" in capsys.readouterr().out
+    classes = ["--opts", "MODEL.DETR.NUM_CLASSES", "3"]  # which only transformers' file says
+    assert demo.run(demo.parser().parse_args([*words, *classes]), progress=False) == 0
+    assert f"{7 if name == 'DETR' else 21} boxes" in capsys.readouterr().out  # a box for each class, from DAB-DETR on
+    words[words.index("--output") + 1] = str(tmp_path / "found")
+    assert predict.command([*words, "--num-workers", "0", *classes]) == 0
+    assert len(json.loads((tmp_path / "found" / "results.json").read_text())) == (7 if name == "DETR" else 21)
 
-    large = run(tmp_path, ["MODEL.DETR.NUM_CLASSES", 80])
+    large = run(name, tmp_path, ["MODEL.DETR.NUM_CLASSES", 80, *opts])
     published = build_model(large)
-    path = write(published, large, tmp_path, hub_names())
-    cfg = run(tmp_path, ["MODEL.WEIGHTS", path, "MODEL.DETR.CLASS_ROWS", "match", "SOLVER.MAX_ITER", 1])
-    trained = train(cfg).model
-    # After one step of a small learning rate the rest is still what was loaded, the row of no-object too.
-    row = trained.class_embed.weight[-1] - published.class_embed.weight[-1]
-    assert row.abs().max() < 0.01 < (trained.class_embed.weight[0] - published.class_embed.weight[0]).abs().max()
-
-
-def hub_names() -> list[str]:
-    """COCO's, as config.json of a published detector has them."""
-    from detr_family.checkpoint.rows import COCO_NAMES
-
-    return list(COCO_NAMES)
+    path = write(published, large, tmp_path, list(COCO_NAMES))
+    more = ["MODEL.WEIGHTS", path, "MODEL.DETR.CLASS_ROWS", "match", "SOLVER.MAX_ITER", 1]
+    trained = train(run(name, tmp_path, [*more, *opts])).model
+    # After one step of a small learning rate all but the classes is still what was loaded.
+    before, after = published.state_dict(), trained.state_dict()
+    moved = {k: (after[k] - before[k]).abs().max() for k in before if not CLASS_ROWS.search(k)}
+    assert max(moved.values()) < 0.01
+    heads = [k for k in before if CLASS_ROWS.search(k) and k.endswith("weight")]
+    assert heads and all((after[k][0] - before[k][0]).abs().max() > 0.01 for k in heads)
+    if name == "DETR":  # the row of no-object, too
+        assert (after["class_embed.weight"][-1] - before["class_embed.weight"][-1]).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("prefix", ["bbox_head.cls_branches.0.weight", "query_head.fc_cls.weight"])

@@ -95,7 +95,7 @@ def test_what_config_json_says_otherwise_is_refused(tmp_path: Path) -> None:
     family, settings, _ = DETECTORS["DABDETR"]
     path = hub.as_safetensors(hub.there(family, **settings), tmp_path)
     for key, value, said in (
-        ("dilation", True, r"stride 32 here, 16 there.*dab_detr_r50_dc5_2pat\.yaml"),
+        ("dilation", True, r"stride 32 here, 16 there.*configs/transformers/dab_detr_r50_dc5_2pat\.yaml"),
         ("temperature_height", 10, "temperature 20.0 here, 10 there"),
     ):
         config = json.loads((tmp_path / "config.json").read_text())

@@ -105,6 +105,10 @@ def test_weights_named_as_ours_go_into_that_architecture() -> None:
         assert ("DC5" in entry.backbone) == (cfg.MODEL.RESNETS.RES5_DILATION == 2), entry
         if entry.backbone.startswith("R1"):
             assert cfg.MODEL.RESNETS.DEPTH == 101, entry
+        if name == "DABDETR" and entry.format == "transformers":  # whose config.json is asked for the temperature
+            assert cfg.MODEL.DETR.INVERSE_SIGMOID_EPS == 1e-5, entry
+            temperature = 10.0 if "temperature 10" in entry.note else 20.0
+            assert temperature == cfg.MODEL.DETR.SPATIAL_ENCODING.TEMPERATURE, entry
         checked += 1
     assert checked > 30
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import foreign
 import golden
 import hub
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 import projects.deformable  # noqa: F401
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.checkpoint.architecture import config_file
+from detr_family.checkpoint.detrex import convert_detrex, differences
 from detr_family.checkpoint.to_transformers import write_for_transformers
 from detr_family.config import load_config
 from detr_family.modeling.set_detector import SetDetector
@@ -40,11 +42,15 @@ def test_outputs_and_losses_of_single_images_are_detrexs(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "detrex").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_config_file_of_detrex_is_the_one_that_its_weights_name(path: Path) -> None:
+def test_every_config_file_of_detrex_is_filled_by_its_weights_which_name_it(path: Path) -> None:
     with torch.device("meta"):
         model = model_of(f"detrex/{path.stem}", "MODEL.DEVICE", "meta")
     name = config_file(model.state_dict(), folder="detrex/")
     assert name == f"projects/deformable/configs/detrex/{path.stem}.yaml"
+    numbered = foreign.numbered(model)
+    there = foreign.as_detrex(numbered)
+    assert not differences(there, model)
+    foreign.assert_numbered(convert_detrex(there), numbered)
 
 
 def narrow_cfg(*, refine: bool, two_stage: bool) -> CfgNode:
@@ -141,28 +147,10 @@ def test_a_decoder_starts_from_the_best_proposals_of_any_class() -> None:
 def test_detrexs_names_fill_the_two_stage_detector(tmp_path: Path) -> None:
     model = two_stage_dab()
     state = {k: v + 1 for k, v in model.state_dict().items()}
-    renamed = {}
-    for name, value in state.items():
-        there = name.replace("level_embed", "level_embeds")
-        if name.startswith("input_proj.0"):
-            there = name.replace("input_proj.0.0", "neck.convs.0.conv").replace("input_proj.0.1", "neck.convs.0.norm")
-        elif name.startswith("input_proj."):
-            level = int(name.split(".")[1]) - 1
-            there = f"neck.extra_convs.{level}.{'conv' if name.split('.')[2] == '0' else 'norm'}.{name.split('.')[3]}"
-        for here, other in (
-            ("encoder.layers.0.self_attn.", "encoder.layers.0.attentions.0."),
-            ("self_attn.in_proj", "attentions.0.attn.in_proj"),
-            ("self_attn.out_proj", "attentions.0.attn.out_proj"),
-            ("cross_attn.", "attentions.1."),
-            (".linear1.", ".ffns.0.layers.0.0."),
-            (".linear2.", ".ffns.0.layers.1."),
-        ):
-            there = there.replace(here, other)
-        norms = ("norm1", "norm2") if "encoder" in there else ("norm2", "norm1", "norm3")
-        for i, norm in enumerate(norms):
-            there = there.replace(f".{norm}.", f".norms.{i}.")
-        if not there.startswith("transformer.decoder.class_embed"):  # stored twice, so one may be absent
-            renamed[there] = value
+    renamed = foreign.as_detrex(state)
+    once = [name for name in renamed if name.startswith("transformer.decoder.class_embed")]
+    for name in once:  # stored twice, so one may be absent
+        del renamed[name]
     renamed["transformer.pos_trans.weight"] = torch.zeros(2)
     torch.save({"model": renamed}, tmp_path / "detrex.pth")
     fresh = two_stage_dab()
