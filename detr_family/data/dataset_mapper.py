@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from detr_family.data.augmentation import TorchvisionTransforms, scale_jitter
 from detr_family.data.images import ImageError, check_depth, unreadable
-from detr_family.data.workers import outlive_sigterm
+from detr_family.data.workers import outliving_sigterm
 
 _CROP_PROBABILITY = 0.5
 _REMEDY = (
@@ -187,7 +187,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
         mapper.augmentations = T.AugmentationList([])
     if count == 1:
         alone: DataLoader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        alone.worker_init_fn = outlive_sigterm
+        alone.worker_init_fn = outliving_sigterm()
         return alone
     dicts = get_detection_dataset_dicts([dataset_name], filter_empty=False)
     workers = cfg.DATALOADER.NUM_WORKERS
@@ -203,5 +203,5 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
         batch_sampler=parts,
         num_workers=workers,
         collate_fn=loader.collate_fn,
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=outliving_sigterm(),
     )

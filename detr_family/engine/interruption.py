@@ -14,17 +14,19 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 from detectron2.utils import comm
+from torch.distributed import distributed_c10d
 
 from detr_family.errors import UserError
 
 GRACE = 60  # seconds after SIGTERM in which a process has to be where Python can answer it
+_SAVED = "detr_family/saved"  # in the processes' store: the main one has
 STATUS = 128 + signal.SIGTERM  # as shells give it
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)?:? ?(?P<pids>[\d, ]+)\) (?P<what>[^\n]*)")
 _CONNECTION = re.compile(
@@ -190,11 +192,17 @@ def in_flight(outer: BaseException | None) -> Any:
     return None if error is outer else error
 
 
-def wait_for_main() -> None:
-    """In a process that has nothing to save: the launcher ends all once one has ended, and the main one is saving.
+def leave_with_main() -> None:
+    """Let the other processes end once the main one has saved; in those, which have nothing to save, wait for that.
 
-    A second SIGTERM, the launcher's, ends the waiting.
+    Launchers end all once one has ended. A second SIGTERM, a launcher's, ends the waiting, and GRACE seconds do.
     """
-    if not comm.is_main_process() and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(GRACE)
+    if comm.get_world_size() == 1 or threading.current_thread() is not threading.main_thread():
+        return
+    store = distributed_c10d._get_default_store()
+    if comm.is_main_process():
+        store.set(_SAVED, b"")
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with suppress(RuntimeError):  # nobody came, or who kept the store is gone
+        store.wait([_SAVED], timedelta(seconds=GRACE))

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detr_family.config import images_per_forward
-from detr_family.data.workers import outlive_sigterm
+from detr_family.data.workers import outliving_sigterm
 from detr_family.engine.randomness import IMAGE, ORDER, seeded
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
@@ -59,7 +59,7 @@ class TrainLoader:
                 batch_sampler=_Batches(order, self.batch_size, self.images, self.sizes),
                 num_workers=self.cfg.DATALOADER.NUM_WORKERS,
                 collate_fn=trivial_batch_collator,
-                worker_init_fn=outlive_sigterm,
+                worker_init_fn=outliving_sigterm(),
                 generator=torch.Generator(),  # leaves the global one alone
             )
         )

@@ -28,7 +28,7 @@ from detr_family.config.files import similar
 from detr_family.errors import UserError, require
 
 PROJECT = "detr_family"  # where the vendor's own variable names none
-_IDS = "loggers.json"  # in OUTPUT_DIR: the vendors' ids of this run, by logger
+_RUNS = "loggers.json"  # in OUTPUT_DIR, by logger: the vendor's id of this run, the last iteration sent of each scalar
 _logger = logging.getLogger(__name__)
 
 
@@ -48,24 +48,39 @@ class RunLogger(EventWriter):
         self.cfg = cfg
         self.module: Any = require(self.NAME, self.NAME)
         self.run: Any = None
+        self._id = ""
+        self._sent: dict[str, int] = {}
         self._written = self._drawn = -1
         self._failed = False
 
-    def start(self, resumed: bool) -> None:
+    def start(self, iteration: int) -> None:
         """Begin a run, or go on with that of the training that is resumed.
+
+        Args:
+            iteration: the first of this training; what was sent of the ones before is not sent again.
 
         Raises:
             UserError: the vendor's client cannot begin one.
         """
-        path = Path(self.cfg.OUTPUT_DIR, _IDS)
-        ids = json.loads(path.read_text()) if path.is_file() else {}
+        before = self._runs().get(self.NAME, {}) if iteration else {}
         name = os.path.basename(os.path.abspath(self.cfg.OUTPUT_DIR))
         try:
-            ids[self.NAME] = self.begin(name, ids.get(self.NAME) if resumed else None)
+            self._id = self.begin(name, before.get("id"))
         except Exception as error:
             text = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"LOGGERS has {self.NAME!r}, which did not begin a run: {text}") from error
-        path.write_text(json.dumps(ids))
+        self._sent = {key: min(last, iteration - 1) for key, last in before.get("sent", {}).items()}
+        self._note()
+
+    def _runs(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(Path(self.cfg.OUTPUT_DIR, _RUNS).read_text()))
+        except (FileNotFoundError, ValueError):  # none yet, or cut off in the writing
+            return {}
+
+    def _note(self) -> None:
+        runs = {**self._runs(), self.NAME: {"id": self._id, "sent": self._sent}}
+        Path(self.cfg.OUTPUT_DIR, _RUNS).write_text(json.dumps(runs))
 
     def write(self) -> None:
         """Send what is new since the last time: finite scalars, drawings."""
@@ -74,13 +89,15 @@ class RunLogger(EventWriter):
         storage = get_event_storage()
         new: dict[int, dict[str, float]] = defaultdict(dict)
         for key, (value, iteration) in storage.latest_with_smoothing_hint(20).items():
-            if iteration > self._written and math.isfinite(value):
-                new[iteration][key] = float(value)
+            if iteration > self._sent.get(key, -1) and math.isfinite(value):
+                new[iteration][key], self._sent[key] = float(value), iteration
         drawn = [(name, pixels, step) for name, pixels, step in storage._vis_data if step > self._drawn]
         self._written = max([self._written, *new])
         self._drawn = max([self._drawn, *(step for _, _, step in drawn)])
         for iteration in sorted(new):
             self._safely(self.scalars, new[iteration], iteration)
+        if new:
+            self._note()
         for name, pixels, step in drawn:
             self._safely(self.image, name, np.ascontiguousarray(np.asarray(pixels).transpose(1, 2, 0)), step)
 
@@ -291,7 +308,7 @@ class LoggerHook(HookBase):
     def before_train(self) -> None:
         """Begin."""
         for logger in self.loggers:
-            logger.start(resumed=self.trainer.start_iter > 0)
+            logger.start(self.trainer.start_iter)
 
     def after_train(self) -> None:
         """End."""

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any
 
 import torch
@@ -178,6 +178,13 @@ class TrainStep(SimpleTrainer):
             f"{bad} is {value} at iteration {self.iter}, learning rate {' and '.join(f'{x:g}' for x in rates)}, "
             f"on the images {', '.join(images)}; this batch is saved in {path}"
         )
+
+    def end_loading(self) -> None:
+        """End the data workers; what is read afterwards starts the loader anew."""
+        iterator, self._data_loader_iter_obj = self._data_loader_iter_obj, None
+        if hasattr(iterator, "_shutdown_workers"):  # at once, also where an error's traceback holds it
+            with suppress(RuntimeError):  # of a worker that was killed
+                iterator._shutdown_workers()
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer and gradient scaler, beside the iteration."""

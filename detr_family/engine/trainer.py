@@ -44,10 +44,10 @@ from detr_family.engine.interruption import (
     StorageError,
     explained,
     in_flight,
-    wait_for_main,
+    leave_with_main,
 )
 from detr_family.engine.loader import InParts, TrainLoader
-from detr_family.engine.loggers import build_loggers, check_loggers
+from detr_family.engine.loggers import LoggerHook, build_loggers, check_loggers
 from detr_family.engine.occupation import is_still_there, leave, occupy
 from detr_family.engine.optimizer import build_optimizer, clips_full_model
 from detr_family.engine.randomness import run_seed
@@ -217,8 +217,8 @@ class Trainer(DefaultTrainer):
             return
         if isinstance(error, (Interrupted, ProcessLostError)):
             self._save_settled()
-        for hook in self._hooks:
-            if isinstance(hook, PeriodicWriter) and is_still_there(self.cfg.OUTPUT_DIR):
+        for hook in self._hooks:  # writers, then what ends the runs of loggers
+            if isinstance(hook, (PeriodicWriter, LoggerHook)) and is_still_there(self.cfg.OUTPUT_DIR):
                 try:
                     hook.after_train()
                 except OSError as again:
@@ -293,11 +293,17 @@ class Trainer(DefaultTrainer):
                     with explained(self.cfg.OUTPUT_DIR):
                         self.test_final(self.cfg, self.best_model())
         except Interrupted:
-            wait_for_main()
+            leave_with_main()
             raise SystemExit(STATUS) from None
         finally:
+            self._end_loading()
             leave(self.cfg.OUTPUT_DIR)
         return results
+
+    def _end_loading(self) -> None:
+        self._trainer.end_loading()
+        if isinstance(self.data_loader, TrainLoader):  # who trains on goes on in its order
+            self.data_loader.images = self.images
 
     def best_model(self) -> nn.Module:
         """The detector with the weights in model_best.pth, averaged ones where SOLVER.BEST_METRIC judges those.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from detectron2.engine import HookBase
 from detectron2.utils import comm
 from engine_runs import run_cfg, train
 
@@ -70,6 +74,37 @@ def test_scalars_drawings_and_files_of_a_run_and_its_resumption(sent: list[Any],
     assert max(scalars) == 3 and scalars[3]["total_loss"] > 0 and "lr" in scalars[3]
 
 
+def test_what_was_sent_before_a_stop_is_not_sent_again(sent: list[Any], tmp_path: Path) -> None:
+    cfg = cfg_of(tmp_path, "TEST.EVAL_PERIOD", 1)
+    cfg.DATASETS.TEST = (cfg.DATASETS.COCO_FORMAT[1][0],)
+    train(cfg, stop_after=2)
+    before = {(iteration, key) for kind, values, iteration in _scalars(sent) for key in values}
+    assert (1, "bbox/AP") in before
+    sent.clear()
+    train(cfg, resume=True)
+    after = [(iteration, key) for kind, values, iteration in _scalars(sent) for key in values]
+    assert not before & set(after)
+    assert max(iteration for iteration, key in after if key == "bbox/AP") >= 3
+
+
+def _scalars(sent: list[Any]) -> list[Any]:
+    return [x for x in sent if x[0] == "scalars"]
+
+
+def test_a_run_that_is_asked_to_end_ends_its_loggers(sent: list[Any], tmp_path: Path) -> None:
+    built = Trainer.build_hooks
+
+    class Ask(HookBase):
+        def after_step(self) -> None:
+            if self.trainer.iter == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Trainer, "build_hooks", lambda self: [Ask(), *built(self)])
+        train(cfg_of(tmp_path))
+    assert _scalars(sent)[-1][2] == 1 and sent[-1] == ("end", False)
+
+
 def test_a_failing_logger_is_told_once_and_stops_nothing(
     sent: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -107,7 +142,7 @@ def test_only_the_main_process_logs(sent: list[Any], tmp_path: Path, monkeypatch
     assert not any(isinstance(hook, LoggerHook) for hook in trainer._hooks) and not sent
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "clearml"])
 def test_offline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each vendor's client, twice as far as a run is resumed, without a network."""
@@ -122,11 +157,15 @@ def test_offline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     train(cfg_of(tmp_path, "LOGGERS", [name]), stop_after=2)
     if name != "clearml":  # offline it has no server to go on with
         train(cfg_of(tmp_path, "LOGGERS", [name]), resume=True)
-    known = json.loads((tmp_path / "run" / "loggers.json").read_text())[name]
+    known = json.loads((tmp_path / "run" / "loggers.json").read_text())[name]["id"]
     if name == "wandb":
         runs = [path for path in (tmp_path / "run" / "wandb").iterdir() if path.name.startswith("offline-run")]
         assert runs and all(path.name.endswith(known) for path in runs)
-        assert all(b"total_loss" in next(path.glob("*.wandb")).read_bytes() for path in runs)
+        written = [next(path.glob("*.wandb")) for path in runs]
+        until = time.monotonic() + 60  # the client's own process may write after the run's end
+        while not all(b"total_loss" in path.read_bytes() for path in written) and time.monotonic() < until:
+            time.sleep(0.2)
+        assert all(b"total_loss" in path.read_bytes() for path in written)
         assert all(list(path.glob("files/media/html/*.html")) and list(path.rglob("*.png")) for path in runs)
     elif name == "mlflow":
         client = pytest.importorskip("mlflow").MlflowClient()
