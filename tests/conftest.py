@@ -1,5 +1,7 @@
 """What the tests share."""
 
+import os
+
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -7,7 +9,7 @@ from own_data import coco_folder  # noqa: F401  (a fixture)
 
 from detr_family import add_detr_family_config
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))  # more would wait for each other on a busy machine
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from detr_family.data.contents import told_by_head
 from detr_family.errors import UserError
 
 _ORIENTATION_TAG = 0x0112
@@ -30,11 +31,13 @@ def read_image(path: str, image_format: str) -> np.ndarray:
 
     Raises:
         ImageError: the file is missing, damaged, no image, or has more than 8 bits a channel.
+        ValueError: Detectron2 has no such format.
     """
     check_depth(path)
     try:
         image: np.ndarray = detection_utils.read_image(path, image_format)
     except Exception as error:  # whatever a damaged file makes the decoder raise
+        to_format(np.zeros((1, 1, 3), np.uint8), image_format)  # where it is not the file's fault
         raise unreadable(path, error) from error
     return image
 
@@ -157,4 +160,6 @@ def unreadable(path: str, error: Exception, remedy: str = "Restore the file.") -
         remedy = "Memory does not suffice: lower DATALOADER.NUM_WORKERS, or make the image smaller."
     elif isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         remedy = "The file may be intact: look to the disk or network folder that it is on, and to the system's limits."
+    elif told := told_by_head(path):
+        return ImageError(f"The image {path} cannot be read: it is {told[0]}. {told[1]}")
     return ImageError(f"The image {path} cannot be read ({type(error).__name__}: {error}). {remedy}")

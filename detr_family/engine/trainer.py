@@ -31,6 +31,7 @@ from detr_family.config import (
     parts_of_step,
 )
 from detr_family.config.ignored import warn_of_ignored
+from detr_family.config.types import check_choices, check_types
 from detr_family.data.dataset_mapper import DETRDatasetMapper, build_test_loader
 from detr_family.data.datasets.coco import check_dataset_names, check_test_sets, register_datasets, training_dicts
 from detr_family.engine.averaging import WeightAverage
@@ -60,6 +61,15 @@ from detr_family.inference.augmentation import augmented
 
 _logger = logging.getLogger(__name__)
 
+# Keys, by their beginnings, and the method that reads them.
+_READERS = {
+    "SOLVER.LR_SCHEDULER_NAME": "build_lr_scheduler",
+    "SOLVER.WARMUP": "build_lr_scheduler",
+    "SOLVER": "build_optimizer",
+    "INPUT": "build_train_loader",
+    "DATALOADER": "build_train_loader",
+    "TEST": "build_evaluator",
+}
 # What a run is, as far as a resumed one may differ from what it was.
 _RECIPE = ("MODEL", "SOLVER", "INPUT", "DATASETS", "DATALOADER")
 _NOT_RECIPE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS")
@@ -86,11 +96,13 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer's own __init__ makes its own step, checkpointer and DDP wrapper, and has no place
         # for the dataset's size between the configuration and the schedule.
         TrainerBase.__init__(self)
+        check_types(cfg)
         occupy(cfg.OUTPUT_DIR)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         check_registered(cfg)
-        own = {"SOLVER": "build_optimizer", "INPUT": "build_train_loader", "TEST": "build_evaluator"}
-        warn_of_ignored(cfg, [group for group, method in own.items() if self._overrides(method)])
+        own = [group for group, method in _READERS.items() if self._overrides(method)]
+        check_choices(cfg, own)
+        warn_of_ignored(cfg, own)
         check_dataset_names(cfg)
         check_loggers(cfg)
         cfg = _registered(cfg)
@@ -150,8 +162,8 @@ class Trainer(DefaultTrainer):
 
     def _overrides(self, method: str) -> bool:
         """Whether a subclass has a method of its own in the place of this class's."""
-        own: Any = getattr(type(self), method)
-        return getattr(own, "__func__", own) is not Trainer.__dict__[method].__func__
+        own, ours = (getattr(owner, method) for owner in (type(self), Trainer))
+        return getattr(own, "__func__", own) is not ours.__func__
 
     def _train_loader(self, cfg: CfgNode, dataset: Sequence[dict[str, Any]], parts: int) -> Iterable[Any]:
         """What `build_train_loader` gives, which a subclass may have overridden, in parts of a batch."""

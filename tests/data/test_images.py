@@ -124,10 +124,87 @@ def test_ids_that_are_whole_floats_are_integers(coco_folder: Path) -> None:
     records = read_coco_json(path, str(coco_folder))
     assert records == whole and all(type(record["image_id"]) is int for record in records)
     assert json.dumps([r["image_id"] for r in records]) == "[4, 9, 21]"
-    for key, entries, wrong in (("images", own_data.IMAGES, 4.5), ("categories", own_data.CATEGORIES, "7")):
+    for key, entries, wrong in (("images", own_data.IMAGES, 4.5), ("categories", own_data.CATEGORIES, "x7")):
         changes = {key: [{**entries[0], "id": wrong}, *entries[1:]]}
         with pytest.raises(ValueError, match=r"Ids must be integers"):
             read_coco_json(own_data.write(coco_folder, changes, "wrong.json"), str(coco_folder))
+
+
+def test_numbers_between_quotation_marks(coco_folder: Path) -> None:
+    """As exporters write them that know texts only."""
+
+    def quoted(entries: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+        return [{k: str(v) if k in keys else v for k, v in entry.items()} for entry in entries]
+
+    whole = read_coco_json(own_data.write(coco_folder), str(coco_folder))
+    annotations = quoted(own_data.ANNOTATIONS, "image_id", "category_id", "iscrowd")
+    changes = {
+        "images": quoted(own_data.IMAGES, "id", "width", "height"),
+        "categories": quoted(own_data.CATEGORIES, "id"),
+        "annotations": [{**entry, "bbox": [str(x) for x in entry["bbox"]]} for entry in annotations],
+    }
+    assert read_coco_json(own_data.write(coco_folder, changes), str(coco_folder)) == whole
+    wrong = [{**own_data.ANNOTATIONS[0], "iscrowd": "no"}]
+    with pytest.raises(ValueError, match=r"\"iscrowd\" 'no'\. It must be 0 or 1"):
+        read_coco_json(own_data.write(coco_folder, {"annotations": wrong}), str(coco_folder))
+
+
+@pytest.mark.parametrize(
+    "name, cause",
+    [
+        ("/home/other/data/a.png", r"a\.png is there, in the folder itself, without what file_name has before it"),
+        ("images/a.png", r"a\.png is there, in the folder itself"),
+        ("a.PNG", r"a\.png is there, with other capitals"),
+        ("a.jpg", r"a\.png is there, with another ending"),
+        (" a.png ", r"a\.png is there, with other spaces"),
+        ("z.png", r"below/z\.png is there: write file_name into the annotation file"),
+        ("http://images.org/a.png", r"File names are addresses of the network: fetch the images"),
+        ("C:\\d\\a.png", r"File names have backslashes, .*; a\.png is there, in the folder itself"),
+        ("gone.png", r"Restore them or correct the folder"),
+    ],
+)
+def test_the_cause_of_a_missing_image(name: str, cause: str, coco_folder: Path) -> None:
+    (coco_folder / "below").mkdir()
+    (coco_folder / "below" / "z.png").write_bytes((coco_folder / "a.png").read_bytes())
+    entries = [{**own_data.IMAGES[0], "file_name": name}, *own_data.IMAGES[1:]]
+    records = read_coco_json(own_data.write(coco_folder, {"images": entries}), str(coco_folder))
+    with pytest.raises(ValueError, match=rf"1 of 3 images looked for are missing .*{cause}") as told:
+        check_images(records, str(coco_folder))
+    assert "\n" not in str(told.value)
+    with pytest.raises(ValueError, match=r"That folder is not there: correct the folder in DATASETS.COCO_FORMAT"):
+        check_images([{"file_name": str(coco_folder / "elsewhere" / "a.png")}], str(coco_folder / "elsewhere"))
+
+
+HEADS = [
+    (b"", "empty", "Restore"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS", "git lfs pull"),
+    (b"<!DOCTYPE html><html>403", "a web page, as of a download that was refused", "Fetch it again"),
+    (b"\x1f\x8b\x08", "packed by gzip", "Unpack it"),
+    (b"\x00" * 600, "nothing but zeros", "Restore"),
+    (b"\x00\x00\x00\x1cftypheic", "in HEIC or AVIF", "Convert it to JPEG"),
+    (b"%PDF-1.7", "a PDF document", "Make images of its pages"),
+    (b"<svg xmlns='a'>", "SVG", "convert it"),
+    (b"\x00\x00\x00\x20ftypisom", "a video", "Take its frames out"),
+]
+
+
+@pytest.mark.parametrize("head, what, remedy", HEADS, ids=[what for _, what, _ in HEADS])
+def test_files_that_are_something_else_are_told_by_what_they_are(
+    head: bytes, what: str, remedy: str, tmp_path: Path
+) -> None:
+    image, annotations = tmp_path / "a.jpg", tmp_path / "a.json"
+    for path, read, beginning in (
+        (image, lambda: read_image(str(image), "RGB"), f"The image {image} cannot be read: it is "),
+        (annotations, lambda: read_coco_json(str(annotations), str(tmp_path)), ".*the file is not JSON: it is "),
+    ):
+        path.write_bytes(head)
+        with pytest.raises(ValueError, match=f"^{beginning}{what}.*{remedy}"):
+            read()
+
+
+def test_a_format_that_there_is_not_is_no_fault_of_the_file(coco_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^INPUT\.FORMAT is 'rgb', which no image can be read in"):
+        read_image(str(coco_folder / "a.png"), "rgb")
 
 
 def test_file_names_with_backslashes(coco_folder: Path) -> None:

@@ -109,6 +109,15 @@ def found(wrong: dict[int, str]) -> str:
     return "\n".join(f"seed {seed}: {text}" for seed, text in wrong.items())
 
 
+UNSET = (None, 0)
+
+
+def numbers(annotation: dict[str, Any]) -> Any:
+    """The box, of which exporters write numbers as texts."""
+    box = annotation.get("bbox")
+    return [float(x) if isinstance(x, str) else x for x in box] if isinstance(box, list) else box
+
+
 def means_the_same(json_file: str, root: str) -> None:
     """What is read of a COCO file, against a second, simple reading of it."""
     data = json.loads(Path(json_file).read_text(encoding="utf-8-sig"))
@@ -132,9 +141,9 @@ def means_the_same(json_file: str, root: str) -> None:
     clipped = len(scan.faults.get(CLIPPED, []))
     plain = [(int(a["image_id"]), order.index(int(a["category_id"])), a) for a in annotations]
     for image_id, read in kept:
-        same = [a for i, c, a in plain if i == image_id and c == read["category_id"] and a.get("bbox") == read["bbox"]]
+        same = [a for i, c, a in plain if i == image_id and c == read["category_id"] and numbers(a) == read["bbox"]]
         clipped -= not same
-        crowd = {int(bool(a.get("iscrowd")) or bool(a.get("ignore"))) for a in same}
+        crowd = {int(a.get("iscrowd") not in (*UNSET, "0") or a.get("ignore") not in (*UNSET, "0")) for a in same}
         assert not same or read["iscrowd"] in crowd
     assert clipped >= 0, "a box was changed without a word"
 

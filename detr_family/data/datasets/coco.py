@@ -16,9 +16,11 @@ from detectron2.data.catalog import Metadata
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from detr_family.config.types import check_types
 from detr_family.data.check import DatasetPart, annotation_findings, read_part
 from detr_family.data.datasets.coco_json import CONFIG_KEY, printable, read_categories, read_coco_json
 from detr_family.data.datasets.folder import apply_folder
+from detr_family.data.datasets.tree import plain
 
 _CHECKED_IMAGES = 20000
 _NAMED_EXAMPLES = 5
@@ -103,14 +105,10 @@ def check_dataset_names(cfg: CfgNode) -> None:
     Raises:
         ValueError: one is something else, as a single text, whose letters would be taken for names.
     """
+    check_types(cfg, "DATASETS.TRAIN", "DATASETS.TEST", "DATASETS.FINAL_TEST")
     for key in ("TRAIN", "TEST", "FINAL_TEST"):
         value = cfg.DATASETS[key]
-        if isinstance(value, str):
-            raise ValueError(
-                f"DATASETS.{key} is {value!r}, one text, and must be a tuple, which for one of it needs a comma: "
-                f"({value!r},)"
-            )
-        if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+        if not all(isinstance(name, str) for name in value):
             raise ValueError(f"DATASETS.{key} is {value!r}; it must be a tuple of names of datasets")
 
 
@@ -169,18 +167,41 @@ def check_images(dicts: Sequence[dict[str, Any]], image_root: str | None = None)
         names = [names[i * len(names) // _CHECKED_IMAGES] for i in range(_CHECKED_IMAGES)]
     missing = [printable(name) for name in names if not os.path.isfile(name)]
     if missing:
-        remedy = "Restore them or correct the folder"
-        if any("\\" in name for name in missing):
-            remedy = (
-                'File names have backslashes, as Windows writes them, and with "/" in their place they are not there '
-                "either: write them into the annotation file as they stand below the folder, or correct the folder"
-            )
+        remedy = f"{_instead(missing[0], image_root or os.path.dirname(missing[0]))} the folder"
         examples = ", ".join(missing[:_NAMED_EXAMPLES]) + (", ..." if len(missing) > _NAMED_EXAMPLES else "")
         raise ValueError(
             f"{len(missing)} of {len(names)} images looked for are missing from the image folder "
             f"{image_root or os.path.dirname(missing[0])}: {examples}. {remedy} in {CONFIG_KEY} "
             "(for Detectron2's built-in datasets: the environment variable DETECTRON2_DATASETS)."
         )
+
+
+def _instead(path: str, root: str) -> str:
+    """What is there in the place of a missing image, and so the cause; the beginning of a remedy."""
+    name = path.removeprefix(os.path.join(root, ""))
+    last = name.replace("\\", "/").rpartition("/")[2]
+    write = "write file_name into the annotation file as it stands below the folder, or correct"
+    windows = "File names have backslashes, as Windows writes them; " if "\\" in name else ""
+    if not os.path.isdir(root):
+        return "That folder is not there: correct"
+    if "://" in name:
+        return "File names are addresses of the network: fetch the images, " + write
+    for folder in dict.fromkeys((root, os.path.dirname(path))):
+        entries = os.listdir(folder) if os.path.isdir(folder) else []
+        for found, how in (
+            ([x for x in entries if x == last], "in the folder itself, without what file_name has before it"),
+            ([x for x in entries if x.lower() == last.lower()], "with other capitals"),
+            ([x for x in entries if plain(x).strip() == plain(last).strip()], "with other spaces or composed letters"),
+            ([x for x in entries if os.path.splitext(x)[0] == os.path.splitext(last)[0]], "with another ending"),
+        ):
+            if found:
+                return f"{windows}{printable(found[0])} is there, {how}: {write}"
+    below = [x.name for x in os.scandir(root) if x.is_dir() and os.path.isfile(os.path.join(x.path, last))]
+    if below:
+        return f"{windows}{printable(os.path.join(below[0], last))} is there: {write}"
+    if windows:
+        return f'{windows}with "/" in their place they are not there either: {write}'
+    return "Restore them or correct"
 
 
 def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from detr_family.data.datasets.coco_json import no_json
 from detr_family.data.datasets.labelled import FolderDataset, Split
 from detr_family.data.datasets.tree import Tree, some, split_of, split_of_path
 
@@ -78,10 +79,9 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: the file is not JSON ({error.msg}). Export it again.") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the file is not JSON ({error}). Export it again.") from error
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{path}{line}: {'. '.join(no_json(str(path), error))}") from error
     for key in ("images", "categories"):
         entries = data.get(key) if isinstance(data, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

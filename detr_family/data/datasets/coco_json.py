@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import log_first_n
 
+from detr_family.data.contents import told_by_head
 from detr_family.data.images import ImageError, shown_size
 
 CONFIG_KEY = "DATASETS.COCO_FORMAT"
@@ -32,6 +34,7 @@ _MOST_PIXELS = 10**6
 # From this share of boxes that reach outside on, they are taken for two corners.
 _SHARE_OUTSIDE = 0.2
 _NAMED_EXAMPLES = 5
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")  # in quotation marks; "007" may be the name of something
 
 
 def read_categories(json_file: str) -> dict[int, str]:
@@ -166,9 +169,10 @@ def scan_coco_json(json_file: str, image_root: str) -> CocoScan:
 def _flag(json_file: str, label: str, annotation: dict[str, Any], key: str) -> bool:
     """A mark that is 0 or 1; a "0" between quotation marks must not count as set."""
     value = annotation.get(key)
+    value = {"0": 0, "1": 1}.get(value, value) if isinstance(value, str) else value
     if value is None or (isinstance(value, (bool, int, float)) and value in (0, 1)):
         return bool(value)
-    raise _fault(json_file, f'annotation {label} has "{key}" {_short(value)}', "It must be 0 or 1.")
+    raise _fault(json_file, f'annotation {label} has "{key}" {_short(annotation[key])}', "It must be 0 or 1.")
 
 
 def printable(text: str) -> str:
@@ -186,10 +190,31 @@ def _short(value: object) -> str:
 
 
 def _integer(value: object) -> int | None:
-    """A whole number, which some exporters write as 1.0; None for anything else."""
+    """A whole number, which some exporters write as 1.0 or "1"; None for anything else."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def no_json(json_file: str, error: Exception) -> tuple[str, str]:
+    """What is wrong with a file that cannot be read as JSON, and the remedy.
+
+    Args:
+        json_file: its path.
+        error: what reading it raised.
+    """
+    if told := told_by_head(json_file):
+        return f"the file is not JSON: it is {told[0]}", told[1]
+    place, remedy = "", "Export it again in COCO format."
+    if isinstance(error, json.JSONDecodeError):
+        place = f", line {error.lineno}"
+        if error.msg == "Extra data":
+            remedy = "It holds more than one object, as one a line or two files in a row: COCO's format is one."
+    elif isinstance(error, UnicodeDecodeError):
+        remedy = "Save it as UTF-8."
+    return f"the file is not JSON{place} ({error})", remedy
 
 
 def _load(json_file: str) -> dict[str, Any]:
@@ -204,7 +229,7 @@ def _load(json_file: str) -> dict[str, Any]:
             f"Correct its path in {CONFIG_KEY}; a relative path starts from {os.getcwd()}.",
         ) from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers of thousands of digits, too deep
-        raise _fault(json_file, f"the file is not JSON ({error})", "Export it again in COCO format.") from error
+        raise _fault(json_file, *no_json(json_file, error)) from error
     if not isinstance(data, dict):
         raise _fault(
             json_file,
@@ -323,6 +348,8 @@ def check_box(value: object, width: int, height: int) -> tuple[list[float] | Non
     Returns:
         The usable box, or None, and what was wrong with it, or None.
     """
+    if isinstance(value, list):
+        value = [_number(entry) for entry in value]
     if not (
         isinstance(value, list)
         and len(value) == 4
@@ -346,6 +373,16 @@ def check_box(value: object, width: int, height: int) -> tuple[list[float] | Non
     if overhang > _BORDER_TOLERANCE:
         return [left, top, right - left, bottom - top], CLIPPED
     return [x, y, w, h], None
+
+
+def _number(value: object) -> object:
+    """A number between quotation marks as one; everything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _area(value: object, box: list[float], clipped: bool) -> float:

@@ -68,7 +68,7 @@ def test_agrees_with_detectron2s_own_loader(coco_folder):
 FILE_FAULTS = {
     "json": ("{", "not JSON", "Export it again"),
     "list": ("[]", "holds a list", "must be an object"),
-    "latin-1": ('{"images": "\xe9"}'.encode("latin-1"), "not JSON", "Export it again"),
+    "latin-1": ('{"images": "\xe9"}'.encode("latin-1"), "not JSON", "Save it as UTF-8"),
 }
 
 
@@ -102,7 +102,7 @@ STRUCTURAL_FAULTS = {
     "no categories": ({"categories": [], "annotations": []}, '"categories" is empty'),
     "image id twice": ({"images": changed(IMAGES, 2, id=21)}, r"images\[2\] repeats the id 21"),
     "category id twice": ({"categories": changed(CATEGORIES, 1, id=7)}, r"categories\[1\] repeats the id 7"),
-    "image id a string": ({"images": changed(IMAGES, 0, id="21")}, r"images\[0\] has the id '21'.*integers"),
+    "image id a string": ({"images": changed(IMAGES, 0, id="a21")}, r"images\[0\] has the id 'a21'.*integers"),
     "category without id": ({"categories": [{"name": "red"}]}, r"categories\[0\] has the id None"),
     "category without name": ({"categories": changed(CATEGORIES, 1, name=None)}, r"\(id 3\) has no name"),
     "no file name": ({"images": changed(IMAGES, 0, file_name=None)}, r"\(id 21\) has the file_name None"),
@@ -139,7 +139,7 @@ BOX_FAULTS = {
     "right of the image": ([60, 1, 5, 5], "1 outside the image"),
     "above the image": ([5, -9, 5, 9], "1 outside the image"),
     "three numbers": ([1, 1, 5], "1 missing or not four numbers"),
-    "strings": (["1", "1", "5", "5"], "1 missing or not four numbers"),
+    "strings": (["1", "one", "5", "5"], "1 missing or not four numbers"),
     "missing": (None, "1 missing or not four numbers"),
 }
 

@@ -1,0 +1,133 @@
+"""What values may be: their types, which files and command line are held to as they are read, choices, bounds.
+
+Python may set a key to anything; and much of this would be found out hours later, by who uses it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+
+from detr_family.config.defaults import add_detr_family_config
+from detr_family.config.files import similar
+
+OF_MODEL = ("MODEL.DETR.", "MODEL.DAB.", "MODEL.DN.", "MODEL.DINO.", "MODEL.PIXEL_", "MODEL.BACKBONE.", "MODEL.DEVICE")
+_OTHERS = ("MODEL.WEIGHTS", "MODEL.META_ARCHITECTURE", "SOLVER.", "INPUT.", "DATASETS.", "DATALOADER.", "TEST.")
+_OTHERS += ("OUTPUT_DIR", "SEED", "VIS_PERIOD", "VIS_REPORT", "LOGGERS")
+# What Detectron2 takes in another type, too.
+_ALSO: dict[str, Any] = {"INPUT.MIN_SIZE_TRAIN": 0, "INPUT.MIN_SIZE_TEST": ()}
+_NAMES = {
+    **{int: "a whole number", float: "a number", bool: "True or False", str: "a text"},
+    **{tuple: "a tuple", list: "a list"},
+}
+# Of Detectron2's keys: what it refuses in words that do not name the key, or late.
+_CHOICES: dict[str, Sequence[str]] = {
+    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "norm", "value"),
+    "DATALOADER.SAMPLER_TRAIN": (
+        "TrainingSampler",
+        "RepeatFactorTrainingSampler",
+        "RandomSubsetTrainingSampler",
+        "WeightedTrainingSampler",
+        "WeightedCategoryTrainingSampler",
+    ),
+    "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
+    "INPUT.FORMAT": ("RGB", "BGR", "L", "YUV-BT.601", "YCbCr", "HSV", "LAB", "CMYK", "RGBA"),
+}
+_LEAST = {
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "DATALOADER.NUM_WORKERS": 0,
+    "TEST.DETECTIONS_PER_IMAGE": 1,
+}
+
+
+def check_types(cfg: CfgNode, *groups: str) -> None:
+    """Whether the values are of their defaults' types, as in a file.
+
+    Tuples and lists stand for each other, and whole numbers for numbers.
+
+    Args:
+        cfg: a configuration.
+        groups: beginnings of the keys to look at; all that training and evaluation read without.
+
+    Raises:
+        ValueError: one is of another type.
+    """
+    for key, default in _defaults().items():
+        if not key.startswith(groups or OF_MODEL + _OTHERS):
+            continue
+        node: Any = cfg
+        for name in key.split("."):
+            node = node.get(name, default) if isinstance(node, CfgNode) else default
+        if not _fits(node, default) and not (key in _ALSO and _fits(node, _ALSO[key])):
+            raise ValueError(f"{key} is {_said(node, default)}")
+
+
+def check_choices(cfg: CfgNode, own: Sequence[str] = ()) -> None:
+    """Whether values are among those that there are.
+
+    Args:
+        cfg: a configuration whose types are right.
+        own: beginnings of keys that a Trainer's own methods read, which may take others.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for key in (*_CHOICES, *_LEAST):
+        value = functools.reduce(CfgNode.__getitem__, key.split("."), cfg)
+        if key.startswith(tuple(own)):
+            continue
+        if key in _CHOICES and value not in _CHOICES[key]:
+            other = next((x for x in _CHOICES[key] if x.lower() == str(value).lower()), "")
+            meant = f" (did you mean {other!r}?)" if other else similar(str(value), _CHOICES[key])
+            raise ValueError(f"{key} is {value!r}{meant}; it may be {', '.join(_CHOICES[key])}")
+        if key in _LEAST and value < _LEAST[key]:
+            raise ValueError(f"{key} is {value}; it must be at least {_LEAST[key]}")
+
+
+def _fits(value: Any, default: Any) -> bool:
+    if default is None:
+        return True
+    if isinstance(default, (tuple, list)):
+        numbers = bool(default) and all(isinstance(x, (int, float)) for x in default)
+        return isinstance(value, (tuple, list)) and not (numbers and any(isinstance(x, str) for x in value))
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool)
+
+
+def _said(value: Any, default: Any) -> str:
+    text, wanted = repr(value), _NAMES[type(default)]
+    shown = text if len(text) < 200 else f"{text[:200]} ..."
+    numbers = isinstance(default, (tuple, list)) and any(isinstance(x, (int, float)) for x in default)
+    if isinstance(value, str) and numbers:
+        return f"{shown}, a text; it must be {wanted} of numbers"
+    if isinstance(value, (str, int, float)) and isinstance(default, (tuple, list)):
+        form = f"[{shown}]" if isinstance(default, list) else f"({shown},)"
+        what = "one text" if isinstance(value, str) else "one number"
+        needs = " for one of it needs a comma" if isinstance(default, tuple) else " for one of it is"
+        return f"{shown}, {what}, and must be {wanted}, which{needs}: {form}"
+    form = f": {os.fspath(value)!r}" if isinstance(default, str) and isinstance(value, os.PathLike) else ""
+    return f"{shown}, of type {type(value).__name__}; it must be {wanted}{form}"
+
+
+@functools.lru_cache(maxsize=1)
+def _defaults() -> dict[str, Any]:
+    cfg = get_cfg()
+    add_detr_family_config(cfg)
+    return dict(_leaves(cfg, ""))
+
+
+def _leaves(node: CfgNode, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,75 @@
+"""Values that Python sets: other types than the defaults', choices that there are not, bounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detectron2.config import CfgNode
+from engine_runs import run_cfg
+
+from detr_family.config.types import check_choices, check_types
+from detr_family.engine import Trainer
+
+
+def with_value(cfg: CfgNode, key: str, value: Any) -> CfgNode:
+    """As an assignment does, also of what yacs itself would refuse."""
+    node = cfg
+    *groups, last = key.split(".")
+    for group in groups:
+        node = node[group]
+    dict.__setitem__(node, last, value)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("SOLVER.STEPS", 100, r"100, one number, and must be a tuple, which .* a comma: \(100,\)"),
+        ("SOLVER.STEPS", "(100,)", r"'\(100,\)', a text; it must be a tuple of numbers"),
+        ("MODEL.DETR.FREEZE", "backbone", r"'backbone', one text, and must be a list, .*: \['backbone'\]"),
+        ("LOGGERS", "wandb", r"\['wandb'\]"),
+        ("DATASETS.TEST", "cells_val", r"which for one of it needs a comma: \('cells_val',\)"),
+        ("DATASETS.TEST", None, "of type NoneType; it must be a tuple"),
+        ("SOLVER.IMS_PER_BATCH", 2.0, "2.0, of type float; it must be a whole number"),
+        ("SOLVER.MAX_ITER", True, "True, of type bool; it must be a whole number"),
+        ("SOLVER.BASE_LR", "1e-4", "'1e-4', of type str; it must be a number"),
+        ("SOLVER.EMA.ENABLED", "False", "'False', of type str; it must be True or False"),
+        ("OUTPUT_DIR", Path("/tmp/a"), "it must be a text: '/tmp/a'"),
+        ("INPUT.MIN_SIZE_TRAIN", "480", "a text; it must be a tuple of numbers"),
+        ("DATALOADER.NUM_WORKERS", -1, "-1; it must be at least 0"),
+        ("SOLVER.CHECKPOINT_PERIOD", 0, "0; it must be at least 1"),
+        ("INPUT.FORMAT", "rgb", r"'rgb' \(did you mean 'RGB'\?\); it may be RGB"),
+        ("DATALOADER.SAMPLER_TRAIN", "Training", "'Training'; similar: TrainingSampler.*it may be"),
+        ("SOLVER.LR_SCHEDULER_NAME", "StepLR", "'StepLR'; it may be"),
+    ],
+)
+def test_a_trainer_refuses_it_in_one_line(key: str, value: Any, message: str, tmp_path: Path) -> None:
+    cfg = with_value(run_cfg("DETR", tmp_path, "out"), key, value)
+    with pytest.raises(ValueError, match=rf"^{key} is .*{message}") as told:
+        Trainer(cfg)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("SOLVER.STEPS", [100]),
+        ("SOLVER.BASE_LR", 1),
+        ("INPUT.MIN_SIZE_TRAIN", 480),
+        ("INPUT.MIN_SIZE_TEST", (480,)),
+        ("MODEL.PIXEL_MEAN", (1, 2.0, 3)),
+        ("SOLVER.WEIGHT_DECAY_BIAS", 0.1),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", "80"),  # nothing here reads it
+    ],
+)
+def test_forms_that_stand_for_each_other(key: str, value: Any, cfg: CfgNode) -> None:
+    check_types(with_value(cfg, key, value))
+
+
+def test_what_own_methods_read_may_be_otherwise(cfg: CfgNode) -> None:
+    cfg.SOLVER.LR_SCHEDULER_NAME, cfg.DATALOADER.SAMPLER_TRAIN = "Mine", "Mine"
+    check_choices(cfg, ["SOLVER.LR_SCHEDULER_NAME", "DATALOADER"])
+    with pytest.raises(ValueError, match="SAMPLER_TRAIN"):
+        check_choices(cfg, ["SOLVER.LR_SCHEDULER_NAME"])
