@@ -15,14 +15,26 @@ from detectron2.config import CfgNode, get_cfg
 from detr_family.config.defaults import add_detr_family_config
 from detr_family.config.files import similar
 
-OF_MODEL = ("MODEL.DETR.", "MODEL.DAB.", "MODEL.DN.", "MODEL.DINO.", "MODEL.PIXEL_", "MODEL.BACKBONE.", "MODEL.DEVICE")
-_OTHERS = ("MODEL.WEIGHTS", "MODEL.META_ARCHITECTURE", "SOLVER.", "INPUT.", "DATASETS.", "DATALOADER.", "TEST.")
+_OF_MODEL = ("MODEL.DETR.", "MODEL.DAB.", "MODEL.DN.", "MODEL.DINO.", "MODEL.PIXEL_", "MODEL.BACKBONE.", "MODEL.DEVICE")
+_OTHERS: tuple[str, ...] = (
+    "MODEL.WEIGHTS",
+    "MODEL.META_ARCHITECTURE",
+    "SOLVER.",
+    "INPUT.",
+    "DATASETS.",
+    "DATALOADER.",
+    "TEST.",
+)
 _OTHERS += ("OUTPUT_DIR", "SEED", "VIS_PERIOD", "VIS_REPORT", "LOGGERS")
 # What Detectron2 takes in another type, too.
 _ALSO: dict[str, Any] = {"INPUT.MIN_SIZE_TRAIN": 0, "INPUT.MIN_SIZE_TEST": ()}
-_NAMES = {
-    **{int: "a whole number", float: "a number", bool: "True or False", str: "a text"},
-    **{tuple: "a tuple", list: "a list"},
+_NAMES: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    tuple: "a tuple",
+    list: "a list",
 }
 # Of Detectron2's keys: what it refuses in words that do not name the key, or late.
 _CHOICES: dict[str, Sequence[str]] = {
@@ -61,7 +73,7 @@ def check_types(cfg: CfgNode, *groups: str) -> None:
         ValueError: one is of another type.
     """
     for key, default in _defaults().items():
-        if not key.startswith(groups or OF_MODEL + _OTHERS):
+        if not key.startswith(groups or _OF_MODEL + _OTHERS):
             continue
         node: Any = cfg
         for name in key.split("."):

@@ -201,7 +201,7 @@ def leave_with_main() -> None:
         return
     store = distributed_c10d._get_default_store()
     if comm.is_main_process():
-        store.set(_SAVED, b"")
+        store.set(_SAVED, "")
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(RuntimeError):  # nobody came, or who kept the store is gone

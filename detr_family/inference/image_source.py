@@ -27,6 +27,7 @@ KINDS = (
     "an opened file, or a dict of Detectron2 ({'image': tensor} or {'file_name': path})"
 )
 _TIMEOUT = 30  # seconds without a byte of an address
+_LONGEST_PATH = 4096  # characters
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def read(source: ImageSource, array_format: str, input_format: str) -> Given:
     Args:
         source: one of
 
-            - a path, or an address with http:// or https://, which is fetched each time;
+            - a path, an address with http:// or https://, which is fetched each time, or one with data:;
             - an array (H, W, 3), (H, W, 4), whose last channel is left out, (H, W, 1) or (H, W), which are grey: uint8,
               or of a floating type with values from 0 to 1;
             - a tensor (3, H, W), (4, H, W) or (1, H, W) in RGB, on any device, of the same types;
@@ -93,6 +94,15 @@ def read(source: ImageSource, array_format: str, input_format: str) -> Given:
             path = os.fsdecode(path)
         if path.lower().startswith(("http://", "https://")):
             return Given(source, _decoded(_fetched(path), path, "Look at what the address gives: it is no image."))
+        if path[:5].lower() == "data:":
+            return Given(source, _decoded(_of_data_address(path), f"in the address {path[:60]}..."))
+        if "\n" in path or len(path) > _LONGEST_PATH:
+            raise ImageError(
+                f"a text of {len(path)} characters, {path[:40]!r}..., is no path: give the bytes that it stands for, "
+                "base64.b64decode(text) for instance"
+            )
+        if any(sign in path for sign in "*?") and not os.path.exists(path):
+            raise ImageError(f"there is no image {path}: give what it stands for, sorted(glob.glob({path!r}))")
         if os.path.isdir(path):
             raise ImageError(f"{path} is a folder: give the images in it, sorted(pathlib.Path({path!r}).iterdir())")
         return Given(source, read_image(path, "RGB"))
@@ -107,6 +117,16 @@ def read(source: ImageSource, array_format: str, input_format: str) -> Given:
     if isinstance(source, np.ndarray) or hasattr(source, "__array__"):
         return Given(source, _of_array(np.asarray(source), array_format))
     raise ImageError(f"{_shown(source)} is no image: give {KINDS}; or a list of such")
+
+
+def _of_data_address(address: str) -> bytes:
+    """What an address holds in itself: data:image/png;base64,..."""
+    try:
+        with urllib.request.urlopen(address) as answer:
+            content: bytes = answer.read()
+            return content
+    except (OSError, ValueError) as error:
+        raise ImageError(f"the address {address[:60]}... holds no data in base64 ({error})") from error
 
 
 def _of_dict(source: Mapping[str, Any], image: Tensor, input_format: str) -> Given:

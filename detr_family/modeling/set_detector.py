@@ -21,6 +21,7 @@ from detr_family.layers.checkpointing import backbone_blocks, checkpoint_activat
 from detr_family.layers.position_encoding import SinePositionEncoding
 from detr_family.modeling.criterion import ClassLoss, SetCriterion
 from detr_family.modeling.freezing import freeze, keep_frozen_statistics, trained_though_matched
+from detr_family.modeling.inputs import images_of, instances_of
 from detr_family.modeling.loading import refuse_half_a_checkpoint
 from detr_family.modeling.matcher import ClassCost, HungarianMatcher
 from detr_family.modeling.postprocessing import Selection, to_instances
@@ -310,19 +311,14 @@ class SetDetector(nn.Module):
             `ImageList` whose tensor is (B, C, H, W) in the model's type.
 
         Raises:
-            ValueError: an image without pixels or with another number of channels.
+            ValueError: see `images_of`.
             TypeError: the detector's constructor should have ended with `finish`.
         """
         self._check_finished()
-        images = []
-        for x in batched_inputs:
-            image = x["image"]
-            if image.dim() != 3 or image.shape[0] != len(self.pixel_mean) or 0 in image.shape:
-                raise ValueError(
-                    f"{x.get('file_name', 'an image')} has shape {tuple(image.shape)}; "
-                    f"({len(self.pixel_mean)}, height, width) with at least one pixel is needed"
-                )
-            images.append(self.normalize(image.to(self.device, non_blocking=True)))
+        images = [
+            self.normalize(image.to(self.device, non_blocking=True))
+            for image in images_of(batched_inputs, len(self.pixel_mean))
+        ]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
     @staticmethod
@@ -374,32 +370,7 @@ class SetDetector(nn.Module):
 
     def targets(self, batched_inputs: Sequence[dict[str, Any]]) -> Targets:
         """Ground truth of a batch, checked on the host before it can do harm on the device."""
-        bare = next((x for x in batched_inputs if "instances" not in x), None)
-        if bare is not None:
-            raise ValueError(
-                f'{bare.get("file_name", "an image")} comes without ground truth (no "instances"): losses need a '
-                "mapper for training (DETRDatasetMapper(cfg, is_train=True)), predictions a model in evaluation mode "
-                "(model.eval())"
-            )
-        instances = [x["instances"] for x in batched_inputs]
-        for x, truth in zip(batched_inputs, instances, strict=True):
-            if truth.gt_classes.is_cuda:
-                continue  # a look would wait for the device
-            self._check_truth(truth, x.get("file_name", "an image"))
-        return Targets.from_instances(instances, self.device)
-
-    def _check_truth(self, truth: Instances, name: str) -> None:
-        wrong = truth.gt_classes[(truth.gt_classes < 0) | (truth.gt_classes >= self.num_classes)]
-        if len(wrong):
-            raise ValueError(
-                f"{name} has a box of class {int(wrong[0])}, but the detector has classes 0 to "
-                f"{self.num_classes - 1}: set MODEL.DETR.NUM_CLASSES to the dataset's number of classes, "
-                "or to -1 to take it from DATASETS.TRAIN"
-            )
-        boxes = truth.gt_boxes.tensor
-        if not torch.isfinite(boxes).all():
-            bad = boxes[~torch.isfinite(boxes).all(1)][0].tolist()
-            raise ValueError(f"{name} has a box whose coordinates are not finite: {bad}; mend its annotation file")
+        return Targets.from_instances(instances_of(batched_inputs, self.num_classes), self.device)
 
 
 def at_least_one(num_queries: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -276,3 +277,17 @@ def test_what_the_detector_refuses_is_told_and_the_rest_goes_on() -> None:
     assert len(list(predictor.stream(entries, on_error=lambda *_: None))) == 1
     with pytest.raises(ImageError, match="too small"):
         list(predictor.stream(images))
+
+
+def test_texts_that_are_no_paths(predictor: Predictor, tmp_path: Path) -> None:
+    text = base64.b64encode(png()).decode()
+    np.testing.assert_array_equal(seen(predictor, f"data:image/png;base64,{text}"), PIXELS)
+    for source, message in (
+        (text * 20, r"a text of \d+ characters, 'iVBOR.*'\.\.\., is no path: .*base64\.b64decode"),
+        ("data:image/png;base64,AAAA", r"cannot be read .*whole"),
+        ("data:image/png;base64,A", "holds no data in base64"),
+        (str(tmp_path / "*.png"), r"there is no image .*\*\.png: give what it stands for, sorted\(glob\.glob\("),
+    ):
+        with pytest.raises(ImageError, match=message) as told:
+            predictor(source)
+        assert len(str(told.value)) < 400 and "\n" not in str(told.value)
