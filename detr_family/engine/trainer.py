@@ -163,7 +163,7 @@ class Trainer(DefaultTrainer):
     def _overrides(self, method: str) -> bool:
         """Whether a subclass has a method of its own in the place of this class's."""
         own, ours = (getattr(owner, method) for owner in (type(self), Trainer))
-        return getattr(own, "__func__", own) is not ours.__func__
+        return getattr(own, "__func__", own) is not getattr(ours, "__func__", ours)
 
     def _train_loader(self, cfg: CfgNode, dataset: Sequence[dict[str, Any]], parts: int) -> Iterable[Any]:
         """What `build_train_loader` gives, which a subclass may have overridden, in parts of a batch."""
