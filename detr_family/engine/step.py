@@ -181,7 +181,7 @@ class TrainStep(SimpleTrainer):
 
     def end_loading(self) -> None:
         """End the data workers; what is read afterwards starts the loader anew."""
-        iterator = getattr(self, "_data_loader_iter_obj", None)
+        iterator: Any = getattr(self, "_data_loader_iter_obj", None)
         self._data_loader_iter_obj: Any = None
         if hasattr(iterator, "_shutdown_workers"):  # at once, also where an error's traceback holds it
             with suppress(RuntimeError):  # of a worker that was killed
