@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data import transforms as T
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from detr_family.data.augmentation import TorchvisionTransforms, scale_jitter
 from detr_family.data.images import ImageError, check_depth, unreadable
+from detr_family.data.reduced import check_draft, read_reduced, scaled
 from detr_family.data.workers import outliving_sigterm
 
 _CROP_PROBABILITY = 0.5
@@ -141,6 +143,9 @@ class DETRDatasetMapper(DatasetMapper):
         cfg = args[0] if args else kwargs.get("cfg")
         steps = cfg.INPUT.TORCHVISION if isinstance(cfg, CfgNode) and self.is_train else []
         self.transforms = TorchvisionTransforms(steps, self.image_format) if steps else None
+        self.draft = cfg if isinstance(cfg, CfgNode) and self.is_train and cfg.INPUT.DRAFT else None
+        if self.draft is not None:
+            check_draft(self.draft)
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """See class.
@@ -155,7 +160,9 @@ class DETRDatasetMapper(DatasetMapper):
         path = str(dataset_dict["file_name"])
         check_depth(path, _REMEDY)
         try:
-            mapped: dict[str, Any] = super().__call__(copy.copy(dataset_dict))
+            mapped: dict[str, Any] = (
+                super().__call__(copy.copy(dataset_dict)) if self.draft is None else self._reduced(dataset_dict)
+            )
         except SizeMismatchError as error:
             raise ImageError(
                 f"{path}: {error} (Sizes are compared after turning the image by its EXIF orientation.)"
@@ -163,6 +170,19 @@ class DETRDatasetMapper(DatasetMapper):
         except Exception as error:  # whatever a damaged file makes the decoder raise
             raise unreadable(path, error, _REMEDY) from error
         return mapped if self.transforms is None else self.transforms(mapped)
+
+    def _reduced(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """What Detectron2's mapper does in training, with an image that INPUT.DRAFT may have decoded smaller."""
+        assert self.draft is not None
+        image, factors = read_reduced(dataset_dict, self.draft, self.image_format)
+        given = T.AugInput(image)
+        transforms = self.augmentations(given)
+        mapped = {key: value for key, value in dataset_dict.items() if key != "annotations"}
+        mapped["image"] = torch.from_numpy(np.ascontiguousarray(given.image.transpose(2, 0, 1)))
+        if "annotations" in dataset_dict:
+            mapped["annotations"] = scaled(dataset_dict["annotations"], factors)
+            self._transform_annotations(mapped, transforms, given.image.shape[:2])
+        return mapped
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:

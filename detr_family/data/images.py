@@ -129,12 +129,17 @@ def usable_size(path: str) -> tuple[int, int]:
     return size
 
 
+def is_turned(image: Image.Image) -> bool:
+    """Whether an image's EXIF orientation has it shown with width and height swapped."""
+    return image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
+
+
 def _shown_size_and_mode(path: str, remedy: str) -> tuple[tuple[int, int], str]:
     """See `shown_size`; and PIL's mode."""
     try:
         with Image.open(path) as image:
             (width, height), mode = image.size, image.mode
-            turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
+            turned = is_turned(image)
     except Exception as error:  # whatever a damaged file makes the decoder raise
         raise unreadable(path, error, remedy) from error
     return ((height, width) if turned else (width, height)), mode
