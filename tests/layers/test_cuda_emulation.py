@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -143,3 +144,17 @@ def test_random_configurations_under_the_address_sanitizer(tmp_path: Path) -> No
     result = check(program, MINUTE, torch.seed() % 10**6)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[:5000]
     assert int(result.stdout.split(" configurations")[0].split()[-1]) >= MINUTE / 3, result.stdout
+
+
+@can_compile
+@pytest.mark.skipif(not shutil.which("gcov"), reason="gcov is not here")
+@pytest.mark.slow
+@pytest.mark.extension
+def test_random_configurations_reach_the_kernels_lines(tmp_path: Path) -> None:
+    """All but what stops a kernel, which operator_checks.py reaches: the share that the documentation gives."""
+    program = emulate.random_check(tmp_path, "coverage")
+    assert check(program, MINUTE // 3, 5).returncode == 0
+    command = ["gcov", "-o", str(tmp_path), "random_check-random_check.gcda"]
+    report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"File 'cuda_kernels\.cuh'\nLines executed:([\d.]+)% of (\d+)", report)
+    assert found and float(found[1]) >= 97 and int(found[2]) > 400, report
