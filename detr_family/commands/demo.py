@@ -1,12 +1,10 @@
-"""The demo as a command: images, folders, globs and videos in; drawn boxes and COCO-format JSON out."""
+"""The demo as a command: images, folders, globs, lists and videos in; drawn boxes and COCO-format JSON out."""
 
 from __future__ import annotations
 
 import argparse
-import glob
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +16,6 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 from detectron2.utils import comm
-from PIL import Image
 from tqdm import tqdm
 
 from detr_family.checkpoint.releases import COCO_IDS
@@ -26,12 +23,11 @@ from detr_family.config import load_config
 from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
-from detr_family.data.datasets.tree import Tree
 from detr_family.engine.processes import launch, meeting, under_torchrun
 from detr_family.errors import UserError
 from detr_family.inference.exported import is_exported
 from detr_family.inference.predictor import ImageSource, Predictor
-from detr_family.inference.work import VIDEO_SUFFIXES
+from detr_family.inference.work import find_work
 from detr_family.visualization.draw import draw_detections
 
 _NAMED_EXAMPLES = 5
@@ -40,48 +36,6 @@ NO_CV2 = (
     "a video needs OpenCV, which is not installed: pip install opencv-python-headless, or take it apart first: "
     "ffmpeg -i clip.mp4 frames/%06d.png"
 )
-
-
-def find_inputs(patterns: Sequence[str]) -> tuple[list[Path], list[Path], list[Path]]:
-    """What a command line names: files, folders and globs ("**" goes below).
-
-    Of a folder that has no image or video of its own, those in the folders below it are taken.
-
-    Args:
-        patterns: as typed.
-
-    Returns:
-        Images, videos, and files of folders and globs that by their suffix are neither; each once, folders
-        and globs in the order of their names.
-
-    Raises:
-        ValueError: something is not there, or a folder or glob has neither image nor video.
-    """
-    known = {suffix.lower() for suffix in Image.registered_extensions()}
-    images: dict[Path, None] = {}
-    videos: dict[Path, None] = {}
-    others: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_file():  # taken for what it is called, an image in doubt
-            (videos if path.suffix.lower() in VIDEO_SUFFIXES else images)[path] = None
-            continue
-        if path.is_dir():
-            found = sorted(child for child in path.iterdir() if child.is_file())
-            if not any(child.suffix.lower() in known | VIDEO_SUFFIXES for child in found):
-                found = Tree(path).files
-        else:
-            found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
-            if not found:
-                raise ValueError(f"{pattern!r} is no file or folder, and as a pattern it matches no file")
-        kinds = {child: child.suffix.lower() for child in found}
-        chosen = [child for child, suffix in kinds.items() if suffix in known or suffix in VIDEO_SUFFIXES]
-        if not chosen:
-            raise ValueError(f"{pattern!r} has no image or video among its {len(found)} files")
-        for child in chosen:
-            (videos if kinds[child] in VIDEO_SUFFIXES else images)[child] = None
-        others.update(dict.fromkeys(child for child in found if child not in set(chosen)))
-    return list(images), list(videos), list(others)
 
 
 @dataclass
@@ -281,7 +235,10 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0, 1 where something could not be read (the rest was done), 2 where nothing was done.",
     )
     add_detector(result)
-    result.add_argument("--input", required=True, nargs="+", metavar="PATH", help="images, folders, globs, videos")
+    result.add_argument(
+        "--input", required=True, nargs="+", metavar="PATH",
+        help="images, folders (those below only where one has none itself), globs, lists (.txt), COCO files, videos",
+    )  # fmt: skip
     result.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for what is written")
     result.add_argument(
         "--confidence-threshold", type=float, default=0.5, help="least score of what is drawn and written"
@@ -357,11 +314,13 @@ def say_what_failed(failed: Sequence[tuple[str, str]]) -> None:
 def _run(args: argparse.Namespace, progress: bool) -> Results:
     if not 0 <= args.confidence_threshold <= 1:
         raise ValueError(f"--confidence-threshold is {args.confidence_threshold}; scores lie between 0 and 1")
-    images, videos, others = find_inputs(args.input)
+    work = find_work(args.input, below=False)
+    images = [Path(item.path) for item in work.images]
+    videos = [Path(name) for name in work.videos]
     if videos and importlib.util.find_spec("cv2") is None:
         raise ValueError(f"{videos[0]}: {NO_CV2}")
-    if others and comm.is_main_process():
-        print(f"{len(others)} files are no images or videos by their suffix and are left out", file=sys.stderr)
+    if work.others and comm.is_main_process():
+        print(f"{work.others} files are no images or videos by their suffix and are left out", file=sys.stderr)
     if not args.config_file and not is_exported(args.weights):
         raise ValueError("--config-file is needed: one of configs/, or the config.yaml of a training")
     cfg = load_config(args.config_file, args.opts)

@@ -80,6 +80,8 @@ def command(arguments: Sequence[str] | None = None) -> int:
                 return 0
         with mistakes():
             merged = journal.merge(args.output, args.parquet)
+            if merged.failed and not args.merge:
+                merged.failed = _of_inputs(merged.failed, find_work(args.input, args.image_root))
     except UserError as error:
         print(f"predict: {error}", file=sys.stderr)
         return 2
@@ -89,6 +91,12 @@ def command(arguments: Sequence[str] | None = None) -> int:
         print(f"The best score of all is {merged.best:.3f}: lower --confidence-threshold to see more.")
     say_what_failed(merged.failed)
     return 1 if merged.failed and not under_torchrun() else 0  # torchrun would report a crash
+
+
+def _of_inputs(failed: Sequence[tuple[str, str]], work: Work) -> list[tuple[str, str]]:
+    """What could not be read of this run's inputs: a damaged file that was removed since is no failure of it."""
+    names = {item.name for item in work.images} | set(work.videos)
+    return [(name, reason) for name, reason in failed if name in names or name.rpartition("#")[0] in names]
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -205,7 +213,7 @@ def _settings(cfg: CfgNode, args: argparse.Namespace, predictor: Predictor) -> d
     cfg.defrost()
     weights = args.weights or cfg.MODEL.WEIGHTS
     cfg.MODEL.WEIGHTS = cfg.MODEL.DEVICE = ""
-    keys = {} if is_exported(weights) else {key: json.loads(json.dumps(cfg[key])) for key in ("MODEL", "INPUT", "TEST")}
+    keys = {} if is_exported(weights) else {"MODEL": json.loads(json.dumps(cfg.MODEL)), **_of_testing(cfg)}
     return {
         "weights": fingerprint(weights),
         "class_names": predictor.class_names,
@@ -214,6 +222,13 @@ def _settings(cfg: CfgNode, args: argparse.Namespace, predictor: Predictor) -> d
         "tile": args.tile,
         "overlap": args.overlap if args.tile else None,
     }
+
+
+def _of_testing(cfg: CfgNode) -> dict[str, Any]:
+    """What of INPUT and TEST changes a prediction; the rest is about training and evaluations."""
+    groups = {"INPUT": ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST", "RESIZE_ROUNDING")}
+    groups["TEST"] = ("AUG", "DETECTIONS_PER_IMAGE", "EMA")
+    return {name: {key: json.loads(json.dumps(cfg[name][key])) for key in keys} for name, keys in groups.items()}
 
 
 def fingerprint(weights: str) -> str:

@@ -48,13 +48,14 @@ class Work:
     categories: dict[str, int] = field(default_factory=dict)
 
 
-def find_work(inputs: Sequence[str], image_root: str | None = None) -> Work:
+def find_work(inputs: Sequence[str], image_root: str | None = None, *, below: bool = True) -> Work:
     """The images and videos that a command line names.
 
     Args:
-        inputs: images, videos, folders (and all below them), globs ("**" goes below), list files (.txt: a path a line,
-            from the list's folder or from here), and COCO files (.json), of which only images and categories count.
+        inputs: images, videos, folders, globs ("**" goes below), list files (.txt: a path a line, from the list's
+            folder or from here), and COCO files (.json), of which only images and categories count.
         image_root: where the images of COCO files lie; by default it is looked for around each.
+        below: take what lies in the folders below a folder, too; else only where it has no image or video itself.
 
     Raises:
         ValueError: something is not there, has no images, or two COCO files have an image id in common.
@@ -64,8 +65,7 @@ def find_work(inputs: Sequence[str], image_root: str | None = None) -> Work:
     for given in inputs:
         path = Path(given).expanduser()
         if path.is_dir():
-            tree = Tree(path)
-            _add_files(work, seen, given, tree.files)
+            _add_files(work, seen, given, Tree(path).files if below else _directly_in(path) or Tree(path).files)
         elif not path.is_file():
             found = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
             if not found:
@@ -92,7 +92,7 @@ def _add(work: Work, seen: set[str | int], name: str) -> None:
 
 
 def _add_files(work: Work, seen: set[str | int], given: str, files: Iterable[Path]) -> None:
-    known = {suffix.lower() for suffix in Image.registered_extensions()} | VIDEO_SUFFIXES
+    known = _known()
     before, others = len(work.images) + len(work.videos), 0
     twice = 0
     for path in files:
@@ -104,6 +104,17 @@ def _add_files(work: Work, seen: set[str | int], given: str, files: Iterable[Pat
     if len(work.images) + len(work.videos) + twice == before:
         raise ValueError(f"{given!r} has no image or video among its {others} files")
     work.others += others
+
+
+def _directly_in(folder: Path) -> list[Path]:
+    """The files of a folder that has images or videos; of another, none."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    known = _known()
+    return files if any(file.suffix.lower() in known for file in files) else []
+
+
+def _known() -> set[str]:
+    return {suffix.lower() for suffix in Image.registered_extensions()} | VIDEO_SUFFIXES
 
 
 def _listed(path: Path) -> list[str]:

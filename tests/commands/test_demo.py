@@ -23,7 +23,7 @@ from predicting import NAMES, Bomb, config
 from pycocotools.coco import COCO
 
 from detr_family.checkpoint import DETRCheckpointer
-from detr_family.commands.demo import Results, category_ids, find_inputs, parser, run
+from detr_family.commands.demo import Results, category_ids, parser, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,19 +110,6 @@ def test_category_ids_are_those_of_the_dataset_where_it_is_here(coco_folder: Pat
     assert "demo ids" in DatasetCatalog
 
 
-def test_inputs_are_files_folders_and_globs_each_once(folder: Path) -> None:
-    images = folder / "images"
-    (images / "below").mkdir()
-    (images / "below" / "d.PNG").write_bytes(b"")
-    (images / "clip.mp4").write_bytes(b"")
-    found, videos, others = find_inputs([str(images), str(images / "*.png"), str(images / "**" / "d.*")])
-    assert [path.name for path in found] == ["a.png", "b.jpg", "broken.png", "c.png", "d.PNG"]
-    assert [path.name for path in videos] == ["clip.mp4"] and [path.name for path in others] == ["notes.txt"]
-    (folder / "splits" / "train").mkdir(parents=True)
-    (images / "a.png").rename(folder / "splits" / "train" / "a.png")
-    assert find_inputs([str(folder / "splits")]) == ([folder / "splits" / "train" / "a.png"], [], [])
-
-
 def test_inputs_that_are_nothing(folder: Path, capsys: pytest.CaptureFixture) -> None:
     (folder / "empty").mkdir()
     for given, message in {
@@ -134,6 +121,15 @@ def test_inputs_that_are_nothing(folder: Path, capsys: pytest.CaptureFixture) ->
         error = capsys.readouterr().err
         assert message in error and given in error and "Traceback" not in error
     assert not (folder / "out").exists()
+
+
+def test_a_list_is_taken_and_folders_below_a_folder_are_not(folder: Path) -> None:
+    (folder / "images" / "below").mkdir()
+    Image.new("RGB", (30, 20)).save(folder / "images" / "below" / "d.png")
+    (folder / "list.txt").write_text("images/c.png\nimages/a.png\n")
+    assert demo(folder, folder / "list.txt", folder / "images") == 1  # broken.png
+    names = [Path(image["file_name"]).name for image in read(folder, "images.json")["images"]]
+    assert names == ["c.png", "a.png", "b.jpg"]
 
 
 def test_images_of_one_name_are_both_written(folder: Path) -> None:

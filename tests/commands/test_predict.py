@@ -94,7 +94,8 @@ def test_an_interrupted_run_goes_on_and_does_no_image_twice(folder: Path) -> Non
         assert (folder / "out" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     before = part.stat().st_size
     (folder / "images" / "broken.png").unlink()
-    assert command(arguments(folder)) == 1  # nothing is left to do; what failed is still told
+    assert command(["--output", str(folder / "out"), "--merge"]) == 1  # knows of no inputs
+    assert command(arguments(folder)) == 0  # nothing is left to do, and what could not be read is no input any more
     assert part.stat().st_size == before
     Image.new("RGB", (20, 10)).save(folder / "images" / "broken.png")
     assert command(arguments(folder)) == 0  # tried again
@@ -130,7 +131,8 @@ def test_other_settings_are_refused(folder: Path, capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit, match="2"):
             command([*arguments(folder), *change])
         assert message in capsys.readouterr().err
-    assert command([*arguments(folder), "--batch-size", "3", "--num-workers", "1"]) == 1  # changes no result
+    no_change = ["--opts", "TEST.EVAL_PERIOD", "7", "INPUT.RANDOM_FLIP", "none"]
+    assert command([*arguments(folder), "--batch-size", "3", "--num-workers", "1", *no_change]) == 1
     DETRCheckpointer(tiny.build("DETR", NUM_QUERIES=5), str(folder), class_names=NAMES).save("weights")
     with pytest.raises(SystemExit, match="2"):
         command([*arguments(folder), "--opts", "MODEL.DETR.NUM_QUERIES", "5"])

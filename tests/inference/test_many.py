@@ -53,6 +53,12 @@ def test_folders_globs_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     names = [str(Path(item.path).relative_to(tmp_path)) for item in work.images]
     assert names == ["a/1.png", "a/b/2.jpg", "a/b/c/3.PNG", "4.png", "a/b/gone.png"]
     assert [Path(video).name for video in work.videos] == ["clip.MP4"] and work.others == 1
+    (tmp_path / "a" / ".hidden.png").write_bytes(b"")
+    work = find_work([str(tmp_path / "a"), str(tmp_path / "a" / "b" / "*")], below=False)
+    assert [Path(item.path).name for item in work.images] == ["1.png", "2.jpg"] and work.others == 1
+    (tmp_path / "split" / "train").mkdir(parents=True)
+    (tmp_path / "split" / "train" / "5.png").touch()
+    assert [Path(item.path).name for item in find_work([str(tmp_path / "split")], below=False).images] == ["5.png"]
     monkeypatch.chdir(tmp_path / "a")
     (tmp_path / "a" / "b" / "here.txt").write_text("b/2.jpg\n")  # from the folder of the command, as `find` writes it
     assert [item.path for item in find_work(["b/here.txt"]).images] == ["b/2.jpg"]
