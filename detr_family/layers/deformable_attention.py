@@ -15,7 +15,7 @@ Letters: B batch, S tokens of all levels, Q queries, M heads, D channels of one 
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,22 +28,30 @@ from detr_family.layers.shapes import int_tensor
 
 __all__ = ["MSDeformAttn", "ms_deform_attn", "pure_torch_path"]
 
+# value, spatial_shapes (L, 2), level_start_index (L,), sampling_locations, attention_weights -> (B, Q, M*D)
+StandIn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
 _force_torch = os.environ.get("DETR_FAMILY_MS_DEFORM_ATTN", "") == "torch"
+_stand_in: StandIn | None = None
 
 
 @contextmanager
-def pure_torch_path() -> Iterator[None]:
+def pure_torch_path(stand_in: StandIn | None = None) -> Iterator[None]:
     """Takes the pure-torch path inside: to export a graph without custom operators, or to compare.
 
     An ONNX export and torch.jit.trace take it by themselves, and the environment variable
     DETR_FAMILY_MS_DEFORM_ATTN=torch takes it from the start.
+
+    Args:
+        stand_in: is called in place of the sampling and summing, as for an operator that only the exported graph has.
     """
-    global _force_torch
-    before, _force_torch = _force_torch, True
+    global _force_torch, _stand_in
+    before = _force_torch, _stand_in
+    _force_torch, _stand_in = True, stand_in
     try:
         yield
     finally:
-        _force_torch = before
+        _force_torch, _stand_in = before
 
 
 def _use_torch(value: Tensor) -> bool:
@@ -217,6 +225,9 @@ def ms_deform_attn(
     shape = (batch, queries, heads, levels, points)
     _check_operand("sampling_locations", sampling_locations, (*shape, 2), "B, Q, M, L, P, 2", value)
     _check_operand("attention_weights", attention_weights, shape, "B, Q, M, L, P", value)
+    if _stand_in is not None:
+        shapes, starts = (_as_tensor(x, value.device) for x in (spatial_shapes, level_start_index))
+        return _stand_in(value, shapes, starts, sampling_locations, attention_weights)
     if _use_torch(value):
         if torch.is_autocast_enabled(value.device.type) and value.dtype != torch.float64:
             value = value.to(torch.get_autocast_dtype(value.device.type))
@@ -261,6 +272,31 @@ def _fused(
         attention_logits,
         deterministic,
     )
+
+
+def _plain_forward(
+    value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, deterministic: bool = False
+) -> Tensor:
+    """The operator of a program that was exported with it, where it is not built."""
+    ops.warn_slow(ops.missing_reason(value.device.type, value.device.index, value.dtype))
+    return ms_deform_attn_torch(value, _as_shapes(shapes), locations, weights)
+
+
+def _plain_fused_forward(
+    value: Tensor,
+    shapes: Tensor,
+    starts: Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    deterministic: bool = False,
+) -> Tensor:
+    """The same of the fused operator."""
+    locations, weights = fused_inputs(shapes, reference_points, sampling_offsets, attention_logits)
+    return _plain_forward(value, shapes, starts, locations, weights)
+
+
+ops.implement_missing(_plain_forward, _plain_fused_forward)
 
 
 class MSDeformAttn(nn.Module):

@@ -21,7 +21,7 @@ import ctypes
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -201,6 +201,19 @@ def describe() -> dict[str, str]:
         ),
         "ms_deform_attn on CUDA": (f"native, built for {arches}" if arches else f"pure torch: {_loaded['cuda'][1]}"),
     }
+
+
+def implement_missing(forward: Callable[..., Tensor], fused_forward: Callable[..., Tensor]) -> None:
+    """Forwards in plain torch for devices without a library: exported programs call the operators themselves."""
+    for kind in LIBRARIES:
+        if _loaded[kind][0] is None:
+            implement(kind.upper(), forward, fused_forward)
+
+
+def implement(key: str, forward: Callable[..., Tensor], fused_forward: Callable[..., Tensor]) -> None:
+    """Registers both forwards for a dispatch key."""
+    _library.impl("ms_deform_attn_forward", forward, key)
+    _library.impl("ms_deform_attn_fused_forward", fused_forward, key)
 
 
 # ------------------------------------------------------------------------------------- shapes, without data

@@ -105,6 +105,26 @@ def test_pure_torch_is_equation_3():
     torch.testing.assert_close(reference(*inputs), by_hand(*inputs))
 
 
+def test_exported_programs_run_where_no_library_was_built(monkeypatch: pytest.MonkeyPatch):
+    """They hold the operators, whose schemas are there in any case; a device without kernels gets them in torch."""
+    key = "XPU"  # of which this process has no other use
+    monkeypatch.setattr(ops, "LIBRARIES", {key.lower(): ""})
+    monkeypatch.setattr(ops, "_loaded", {key.lower(): (None, "not built")})
+    ops.implement_missing(module._plain_forward, module._plain_fused_forward)
+    monkeypatch.undo()
+    for name in ("ms_deform_attn_forward", "ms_deform_attn_fused_forward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"detr_family::{name}", key)
+    value, locations, weights = numbers(dtype=torch.float32)
+    shapes, starts = torch.tensor(SHAPES), torch.tensor(STARTS)
+    expected = reference(value, locations, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(module._plain_forward(value, shapes, starts, locations, weights, False), expected)
+        points = torch.full((2, 7, 3, 2), 0.4)
+        fused = module._plain_fused_forward(value, shapes, starts, points, locations, weights, False)
+    torch.testing.assert_close(fused, reference(value, *fused_inputs(shapes, points, locations, weights)))
+
+
 @pytest.mark.parametrize("device", NATIVE_DEVICES)
 @pytest.mark.parametrize("channels", [3, 16, 20, 32, 64])
 @pytest.mark.parametrize(
