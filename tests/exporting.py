@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import tiny
 import torch
 from detectron2.modeling import build_model
 
-from detr_family.export import export_model
+from detr_family.export import export_model, exporting
 from detr_family.export.exporting import SUFFIX
 from detr_family.export.parity import compare, sample_batches
 from detr_family.inference.exported import ExportedDetector
@@ -65,6 +67,41 @@ def exported(name: str, format: str, folder: Path, *, resnet: bool = False, **ke
     difference = export_model(model, format, path, **{"size": SIZE, "class_names": NAMES, "batch": 2, **keys})
     assert difference is not None and difference.within() and difference.compared > 20
     return model, path
+
+
+def in_all_formats(
+    model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **keys: Any
+) -> Iterator[tuple[str, Path]]:
+    """A detector in each format whose packages are installed, compared while it was written.
+
+    torch's part of the exports, nearly all of their time, is done once.
+    """
+    monkeypatch.setattr(exporting, "export_program", _once(exporting.export_program))
+    monkeypatch.setattr(torch.onnx, "export", _once(torch.onnx.export))
+    missing: list[str] = []
+    for format in ("torch_export", "onnx", "openvino"):
+        lacking = [package for package in NEEDED.get(format, ()) if not importlib.util.find_spec(package)]
+        missing += lacking
+        if lacking:
+            continue
+        path = folder / f"model{SUFFIX[format]}"
+        difference = export_model(model, format, path, **{"size": SIZE, "batch": 2, "native": False, **keys})
+        assert difference is not None and difference.within() and difference.compared > 20
+        yield format, path
+    if missing:
+        pytest.skip(f"{', '.join(dict.fromkeys(missing))} not installed: not all formats were tried")
+
+
+def _once(function: Any) -> Any:
+    """A function that gives for all arguments what it gave for the first."""
+    results: list[Any] = []
+
+    def call(*args: Any, **keys: Any) -> Any:
+        if not results:
+            results.append(function(*args, **keys))
+        return results[0]
+
+    return call
 
 
 def agree(model: SetDetector, path: Path, sizes: list[tuple[int, int]], counts: list[int]) -> None:

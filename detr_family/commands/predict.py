@@ -226,8 +226,10 @@ def _settings(cfg: CfgNode, args: argparse.Namespace, predictor: Predictor) -> d
 
 def _of_testing(cfg: CfgNode) -> dict[str, Any]:
     """What of INPUT and TEST changes a prediction; the rest is about training and evaluations."""
-    groups = {"INPUT": ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST", "RESIZE_ROUNDING")}
-    groups["TEST"] = ("AUG", "DETECTIONS_PER_IMAGE", "EMA")
+    groups = {
+        "INPUT": ["FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST", "RESIZE_ROUNDING"],
+        "TEST": ["AUG", "DETECTIONS_PER_IMAGE", "EMA"],
+    }
     return {name: {key: json.loads(json.dumps(cfg[name][key])) for key in keys} for name, keys in groups.items()}
 
 

@@ -23,7 +23,7 @@ from detr_family.export.formats import (
     write_torch_export,
     write_torchscript,
 )
-from detr_family.export.graph import DetectionGraph
+from detr_family.export.graph import TENSORRT_PLUGIN, DetectionGraph
 from detr_family.export.parity import BOX_BOUND, SCORE_BOUND, Difference, compare, sample_batches
 from detr_family.inference.exported import ExportedDetector
 from detr_family.inference.predictor import Predictor, resized
@@ -52,6 +52,7 @@ def export_model(
     class_names: Sequence[str] | None = None,
     device: str = "cpu",
     native: bool | None = None,
+    tensorrt_plugin: bool = False,
     images: Sequence[Tensor] = (),
     calibration: Sequence[Tensor] = (),
     check: bool = True,
@@ -77,6 +78,8 @@ def export_model(
         device: "cpu", or "cuda" for aoti, whose code is for one of the two.
         native: for torch_export and aoti: keep deformable attention as this package's operator, which is faster, and
             which whoever loads the file has to import. None: where it is built here. The others never hold it.
+        tensorrt_plugin: for onnx: deformable attention as the node MultiscaleDeformableAttnPlugin_TRT, which TensorRT
+            brings a plugin for and nothing else runs; there is then no comparison.
         images: (3, H, W) uint8, RGB, to compare on; by default some are drawn.
         calibration: (3, H, W) uint8, RGB, for int8: some hundred images like those that it will see.
         check: compare.
@@ -91,6 +94,8 @@ def export_model(
     """
     path = Path(output)
     _check_request(format, path, size, batch, precision, device, len(calibration))
+    if tensorrt_plugin and format != "onnx":
+        raise UserError(f"TensorRT's plugin is a node of an ONNX file; format is {format!r}")
     predictor = _predictor(model, weights, opts, input_format, class_names)
     detector: Any = predictor.model
     if native is None:
@@ -104,7 +109,9 @@ def export_model(
     if format == "torchscript":
         write_torchscript(graph, inputs, path, about)
     else:
-        program = export_program(graph, inputs, native=native)
+        program = export_program(graph, inputs, native=native, plugin=tensorrt_plugin)
+        if tensorrt_plugin and not any(TENSORRT_PLUGIN in str(node.args) for node in program.graph.nodes):
+            raise UserError(f"a {about['detector']} has no deformable attention: leave out the plugin")
         about["least_size"] = _least_size(program, size, dynamic)
         if format == "onnx":
             write_onnx(program, path, about)
@@ -118,7 +125,7 @@ def export_model(
             write_torch_export(program, path, about)
         else:
             write_aoti(program, path, about)
-    if not check:
+    if not check or tensorrt_plugin:
         return None
     return check_exported(predictor, path, size=size, batch=batch, dynamic=dynamic, precision=precision, images=images)
 

@@ -27,20 +27,23 @@ OPSET = 20  # of ONNX's own operators, the first with GridSample for any number 
 OUTPUTS = ("boxes", "scores", "labels")
 
 
-def export_program(graph: DetectionGraph, inputs: tuple[Tensor, ...], *, native: bool) -> ExportedProgram:
+def export_program(
+    graph: DetectionGraph, inputs: tuple[Tensor, ...], *, native: bool, plugin: bool = False
+) -> ExportedProgram:
     """torch.export of a graph.
 
     Args:
         graph: the detector.
         inputs: images (B, 3, H, W) and sizes (B, 2), of which B, H and W stay open; images alone fixes all three.
         native: keep deformable attention as one operator of ours.
+        plugin: as TensorRT's node, for an ONNX file.
     """
     symbolic_shapes: Any = importlib.import_module("torch.fx.experimental._config")
     shapes: Any = None
     if len(inputs) == 2:
         shapes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, {0: Dim.DYNAMIC})
     # Oblivious: a size of 1 (one image, one row of tokens) is no special case that the program then refuses.
-    with traceable(native=native), symbolic_shapes.patch(backed_size_oblivious=True), _quiet():
+    with traceable(native=native, plugin=plugin), symbolic_shapes.patch(backed_size_oblivious=True), _quiet():
         return torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
 
 

@@ -19,6 +19,8 @@ from detr_family.layers.shapes import int_tensor
 from detr_family.modeling.postprocessing import boxes_in_pixels
 from detr_family.modeling.set_detector import SetDetector
 
+TENSORRT_DOMAIN, TENSORRT_PLUGIN = "trt.plugins", "MultiscaleDeformableAttnPlugin_TRT"
+
 
 class DetectionGraph(nn.Module):
     """Images of one tensor in, detections of fixed number out.
@@ -61,9 +63,35 @@ class DetectionGraph(nn.Module):
         return boxes_in_pixels(boxes, sizes), scores, labels
 
 
+def tensorrt_node(value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """Deformable attention as a node that TensorRT replaces by its own plugin of that name; it computes nothing here.
+
+    Inputs and output are those of multiscaleDeformableAttnPlugin's description: value (B, S, M, D), spatial shapes
+    (L, 2) and level starts (L,) as int32, locations (B, Q, M, L, P, 2) and weights (B, Q, M, L, P) to (B, Q, M, D).
+
+    Returns:
+        (B, Q, M*D), as `ms_deform_attn`.
+    """
+    batch, queries = locations.shape[:2]
+    output: Tensor = torch.onnx.ops.symbolic(
+        f"{TENSORRT_DOMAIN}::{TENSORRT_PLUGIN}",
+        (value, shapes.int(), starts.int(), locations, weights),
+        {"plugin_version": "1", "plugin_namespace": ""},
+        dtype=value.dtype,
+        shape=(batch, queries, *value.shape[2:]),
+        version=1,
+    )
+    return output.flatten(2)
+
+
 @contextmanager
-def traceable(*, native: bool) -> Iterator[None]:
-    """For tracing: no gradients, attention in its plain form, deformable attention as one operator where `native`."""
+def traceable(*, native: bool, plugin: bool = False) -> Iterator[None]:
+    """For tracing: no gradients, attention in its plain form.
+
+    Args:
+        native: deformable attention as this package's operator.
+        plugin: as the node of TensorRT's plugin, which only an ONNX file can hold.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -71,7 +99,7 @@ def traceable(*, native: bool) -> Iterator[None]:
             if native:
                 yield
             else:
-                with pure_torch_path():
+                with pure_torch_path(tensorrt_node if plugin else None):
                     yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -14,8 +14,10 @@ x1, y1, x2, y2 in pixels of the input, `scores` (B, k) and `labels` (B, k), best
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +35,9 @@ from detr_family.errors import UserError, require
 
 ABOUT = "detr_family"  # the key, or file, under which a format keeps what the file says about itself
 SUFFIXES = (".onnx", ".pt2", ".xml", ".ts")
+_PASSES = 3  # that are timed
+
+_logger = logging.getLogger(__name__)
 
 # (B, 3, H, W) uint8, and (B, 2) int64 unless the size is fixed -> boxes, scores, labels
 Run = Callable[..., Sequence[Tensor]]
@@ -147,6 +152,67 @@ class ExportedDetector(nn.Module):
         given = F.pad(images, (0, 0) * 3 + (0, missing)) if missing else images
         inputs = (given,) if self.about["size"] else (given, torch.tensor(seen, dtype=torch.int64))
         return tuple(x[: len(images)] for x in self.run(*inputs))
+
+
+def fastest(
+    paths: Sequence[str | os.PathLike[str]], *, threads: int | None = None, stretch: bool = False
+) -> ExportedDetector:
+    """The file of one detector that takes least time here, of those whose runtime is installed; the log says which.
+
+    One image of the size that the files resize to goes through each of them, once to warm up and then in turn.
+
+    Args:
+        paths: files of one detector in several formats.
+        threads, stretch: see `ExportedDetector`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: no file can be opened, or they are of several detectors.
+    """
+    opened: list[ExportedDetector] = []
+    reasons: list[str] = []
+    for path in paths:
+        try:
+            opened.append(ExportedDetector(path, threads=threads, stretch=stretch))
+        except UserError as error:
+            reasons.append(str(error))
+    if not opened:
+        raise UserError("; ".join(reasons) or "no exported file was given")
+    for other in opened[1:]:
+        differing = [key for key in _OF_THE_DETECTOR if other.about.get(key) != opened[0].about.get(key)]
+        if differing:
+            raise UserError(f"{opened[0].path} and {other.path} are no forms of one detector: {differing[0]} differs")
+    for reason in reasons:
+        _logger.warning("Left out: %s", reason)
+    if len(opened) == 1:
+        return opened[0]
+    seconds = _seconds([(detector, _image_for(detector)) for detector in opened])
+    best = min(range(len(opened)), key=seconds.__getitem__)
+    told = ", ".join(f"{detector.path.name} {s:.3f} s" for detector, s in zip(opened, seconds, strict=True))
+    _logger.info("An image takes %s: %s is used", told, opened[best].path.name)
+    return opened[best]
+
+
+_OF_THE_DETECTOR = ("detector", "num_classes", "class_names", "min_size", "max_size", "resize_rounding")
+
+
+def _image_for(detector: ExportedDetector) -> Tensor:
+    """Noise of the file's own size, or of the 4:3 that it resizes to."""
+    short = detector.about["min_size"] or 480
+    size = detector.about["size"] or (short, min(short * 4 // 3, max(detector.about["max_size"], short)))
+    return torch.randint(256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def _seconds(cases: Sequence[tuple[ExportedDetector, Tensor]]) -> list[float]:
+    """The least time of a pass of each, measured in turn."""
+    times: list[list[float]] = [[] for _ in cases]
+    for number in range(1 + _PASSES):
+        for (detector, image), taken in zip(cases, times, strict=True):
+            begin = time.perf_counter()
+            detector([{"image": image}])
+            if number:
+                taken.append(time.perf_counter() - begin)
+    return [min(taken) for taken in times]
 
 
 def _parts(batch: Tensor, count: int) -> list[tuple[int, Tensor]]:

@@ -31,7 +31,7 @@ from detr_family.data.datasets.coco import register_datasets
 from detr_family.data.images import to_format
 from detr_family.data.tiling import tiles
 from detr_family.inference.augmentation import AugmentedDetector, augmented
-from detr_family.inference.exported import ExportedDetector, is_exported
+from detr_family.inference.exported import ExportedDetector, fastest, is_exported
 from detr_family.inference.forking import before_computing
 from detr_family.inference.image_source import Given, ImageSource, is_one, read
 from detr_family.inference.preparing import optimize as prepare
@@ -186,7 +186,7 @@ class Predictor:
     @classmethod
     def from_exported(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         batch_size: int = 1,
         threads: int | None = None,
@@ -199,7 +199,8 @@ class Predictor:
         stretched to it.
 
         Args:
-            path: .onnx (onnxruntime), .xml (OpenVINO), .pt2 (torch) or .ts (TorchScript).
+            path: .onnx (onnxruntime), .xml (OpenVINO), .pt2 (torch) or .ts (TorchScript); of several files of one
+                detector the fastest that can run here is taken, which is measured and told in the log.
             batch_size: images that go through the file together.
             threads: of the runtime; None leaves it to the runtime.
             tile, overlap: see class.
@@ -208,7 +209,10 @@ class Predictor:
             FileNotFoundError: there is no such file.
             UserError: the runtime is not installed, or the file was not written by `export_model`.
         """
-        model = ExportedDetector(path, threads=threads, stretch=True)
+        if isinstance(path, (str, os.PathLike)):
+            model = ExportedDetector(path, threads=threads, stretch=True)
+        else:
+            model = fastest(path, threads=threads, stretch=True)
         about = model.about
         return cls(
             model,

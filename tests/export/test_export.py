@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from exporting import NAMES, SIZE, SIZES, agree, build, exported
+from exporting import NAMES, SIZE, SIZES, agree, build, exported, in_all_formats
 from PIL import Image
 
 from detr_family.errors import UserError
@@ -22,6 +24,7 @@ from detr_family.export.exporting import SUFFIX
 from detr_family.inference import Predictor
 from detr_family.inference import exported as exported_module
 from detr_family.inference.exported import ExportedDetector
+from detr_family.layers.deformable_attention import ms_deform_attn
 from detr_family.modeling.set_detector import SetDetector
 
 
@@ -42,12 +45,52 @@ def test_torchscript(name: str, tmp_path: Path) -> None:
     agree(model, path, [(64, 80), (16, 48)], [1, 3])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx", "openvino", "torch_export"])
 @pytest.mark.parametrize("name", list(tiny.DETECTORS))
-def test_all_formats(name: str, format: str, tmp_path: Path) -> None:
-    model, path = exported(name, format, tmp_path)
+def test_all_formats(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(name)
+    for _, path in in_all_formats(model, tmp_path, monkeypatch):
+        agree(model, path, SIZES, [1, 3])
+
+
+@pytest.mark.slow
+def test_with_the_operator_where_it_is_built(tmp_path: Path) -> None:
+    model, path = exported("DINO", "torch_export", tmp_path)
     agree(model, path, SIZES, [1, 3])
+
+
+@pytest.mark.slow
+def test_tensorrts_plugin_in_place_of_grid_samples(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="the onnx package is not installed")
+    reference = importlib.import_module("onnx.reference")
+    pytest.importorskip("onnxscript", reason="the onnxscript package is not installed")
+
+    class MultiscaleDeformableAttnPlugin_TRT(importlib.import_module("onnx.reference.op_run").OpRun):
+        op_domain = "trt.plugins"
+
+        def _run(self, *inputs: Any, plugin_version: str, plugin_namespace: str) -> tuple[Any]:
+            value, shapes, starts, locations, weights = map(torch.from_numpy, inputs)
+            assert shapes.dtype == starts.dtype == torch.int32 and (plugin_version, plugin_namespace) == ("1", "")
+            found = ms_deform_attn(value, shapes.long(), starts.long(), locations, weights)
+            return (found.unflatten(-1, (value.shape[2], -1)).numpy(),)
+
+    model, path = build("DINO"), tmp_path / "model.onnx"
+    assert export_model(model, "onnx", path, size=SIZE, batch=2, tensorrt_plugin=True) is None
+    graph = onnx.load(path)
+    nodes = [node for node in graph.graph.node if node.domain == "trt.plugins"]
+    assert len(nodes) == 3 and all(len(node.input) == 5 for node in nodes)  # one encoder layer and two of the decoder
+    assert not [node for node in graph.graph.node if node.op_type == "GridSample"]
+    image = tiny.image(64, 80, 0, seed=1)["image"]
+    evaluator = reference.ReferenceEvaluator(graph, new_ops=[MultiscaleDeformableAttnPlugin_TRT])
+    given = {"images": image[None].numpy(), "sizes": np.zeros((1, 2), np.int64)}
+    boxes, scores, _ = (torch.from_numpy(x) for x in evaluator.run(None, given))
+    with torch.no_grad():
+        expected = model([{"image": image}])[0]["instances"]
+    assert torch.allclose(scores[0], expected.scores, atol=1e-4)
+    assert torch.allclose(boxes[0], expected.pred_boxes.tensor, atol=1e-2)
+    with pytest.raises(UserError, match="a DETR has no deformable attention"):
+        export_model(tiny.build("DETR"), "onnx", path, size=SIZE, tensorrt_plugin=True)
+    with pytest.raises(UserError, match="is a node of an ONNX file"):
+        export_model(tiny.build("DETR"), "torchscript", tmp_path / "a.ts", tensorrt_plugin=True)
 
 
 @pytest.mark.slow
@@ -107,6 +150,36 @@ def test_a_predictor_takes_a_file_in_place_of_a_checkpoint(script: tuple[SetDete
             expected, found = eager(source), predictor(source)
             assert torch.allclose(expected.scores, found.scores, atol=1e-4)
             assert predictor.names(found) == eager.names(expected)
+
+
+def test_of_several_files_the_fastest_is_taken(
+    script: tuple[SetDetector, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow, fast, other = (tmp_path / name for name in ("slow.ts", "fast.ts", "other.onnx"))
+    for path in (slow, fast):
+        shutil.copy(script[1], path)
+    other.write_bytes(b"nothing")
+    clock = [0.0]
+
+    def timed(detector: ExportedDetector, images: list[dict[str, Any]]) -> None:
+        assert images[0]["image"].shape == (3, 800, 1066)  # Predictor's size
+        clock[0] += 0.5 if detector.path == slow else 0.25
+
+    monkeypatch.setattr(ExportedDetector, "forward", timed)
+    monkeypatch.setattr(exported_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    with caplog.at_level("INFO", "detr_family"):
+        model: Any = Predictor.from_exported([slow, other, fast]).model
+    assert model.path == fast
+    assert "other.onnx" in caplog.messages[0]
+    assert caplog.messages[1] == "An image takes slow.ts 0.500 s, fast.ts 0.250 s: fast.ts is used"
+    assert clock == [3.0]  # once to warm up and three times
+    assert Predictor.from_exported([slow]).model.path == slow and clock == [3.0]
+    monkeypatch.undo()
+    renamed = exported("DETR", "torchscript", tmp_path, class_names=["x", "y", "z"])[1]
+    with pytest.raises(UserError, match="are no forms of one detector: class_names differs"):
+        Predictor.from_exported([fast, renamed])
+    with pytest.raises(UserError, match=r"other\.onnx"):
+        Predictor.from_exported([other])
 
 
 def test_channels_in_the_order_of_the_training(tmp_path: Path) -> None:
