@@ -259,7 +259,8 @@ def add_detr_family_config(cfg: CfgNode) -> None:
     # Evaluate (--eval-only) and predict with the averaged weights in the checkpoint MODEL.WEIGHTS, not the plain ones.
     cfg.TEST.EMA = False
     # What a loss or gradient that is not finite does: "stop" the run, or "skip" the step. Either way the
-    # batch is saved and its images are named in the log; the weights stay as they were.
+    # batch is saved (of skipped steps the first ten) and its images are named in the log; the weights stay as they
+    # were.
     cfg.SOLVER.NONFINITE = "stop"
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes one more value, "full_model": the norm of the whole gradient.
 

@@ -26,6 +26,7 @@ PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 class NotFiniteError(UserError, FloatingPointError):
     """A loss or gradient that is not finite; the message says which, on what images, and what to set."""
+_SAVED_BATCHES = 10  # of steps that were skipped: a run may skip thousands, and disks fill
 
 
 class TrainStep(SimpleTrainer):
@@ -164,8 +165,18 @@ class TrainStep(SimpleTrainer):
         return False
 
     def _report(self, bad: str, value: float, values: dict[str, Tensor], batch: list[dict[str, Any]]) -> str:
-        """Save this rank's batch and say in one line what is known."""
+        """Save this rank's batch, unless so many are, and say in one line what is known."""
         images = [str(x.get("file_name", "?")) for x in batch]
+        saved = f"the batches of the first {_SAVED_BATCHES} such steps are saved"
+        if self.skipped < _SAVED_BATCHES:
+            saved = f"this batch is saved in {self._save(values, batch)}"
+        rates = sorted({group["lr"] for group in self.optimizer.param_groups}, reverse=True)
+        return (
+            f"{bad} is {value} at iteration {self.iter}, learning rate {' and '.join(f'{x:g}' for x in rates)}, "
+            f"on the images {', '.join(images)}; {saved}"
+        )
+
+    def _save(self, values: dict[str, Tensor], batch: list[dict[str, Any]]) -> str:
         path = os.path.join(self.output_dir, f"nonfinite_iter{self.iter}_rank{comm.get_rank()}.pth")
         os.makedirs(self.output_dir, exist_ok=True)
         plain = [{k: v for k, v in x.items() if k != "instances"} for x in batch]
@@ -173,11 +184,7 @@ class TrainStep(SimpleTrainer):
             saved["gt_boxes"] = x["instances"].gt_boxes.tensor
             saved["gt_classes"] = x["instances"].gt_classes
         torch.save({"batch": plain, "values": {k: float(v) for k, v in values.items()}}, path)
-        rates = sorted({group["lr"] for group in self.optimizer.param_groups}, reverse=True)
-        return (
-            f"{bad} is {value} at iteration {self.iter}, learning rate {' and '.join(f'{x:g}' for x in rates)}, "
-            f"on the images {', '.join(images)}; this batch is saved in {path}"
-        )
+        return path
 
     def end_loading(self) -> None:
         """End the data workers; what is read afterwards starts the loader anew."""

@@ -11,6 +11,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from detr_family.engine import step as engine_step
 from detr_family.engine.step import TrainStep
 
 
@@ -89,6 +90,18 @@ def test_nan_is_skipped_where_so_configured(tmp_path: Path, caplog: pytest.LogCa
     assert model.w.tolist() == [3.0, 4.0] and trainer.skipped == 1 and "bad1.jpg" in caplog.text
     run(trainer, 1)
     assert model.w.tolist() != [3.0, 4.0] and torch.isfinite(model.w).all()
+
+
+def test_batches_of_the_first_skipped_steps_alone_are_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_step, "_SAVED_BATCHES", 2)
+    trainer, _ = step(tmp_path, [f"bad{i}.jpg" for i in range(4)], nonfinite="skip")
+    for i in range(4):
+        trainer.iter = i
+        run(trainer, 1)
+    assert trainer.skipped == 4 and "the batches of the first 2 such steps are saved" in caplog.text
+    assert sorted(path.name[:15] for path in tmp_path.glob("nonfinite*")) == ["nonfinite_iter0", "nonfinite_iter1"]
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_seen(tmp_path: Path) -> None:
