@@ -1,13 +1,20 @@
-"""Which errors are said to be OUTPUT_DIR's."""
+"""Which errors are said to be OUTPUT_DIR's; processes that end together."""
 
 from __future__ import annotations
 
 import errno
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch.distributed import distributed_c10d
 
-from detr_family.engine.interruption import StorageError, explanation
+from detr_family.engine import interruption
+from detr_family.engine.interruption import StorageError, explanation, leave_with_main
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
@@ -17,3 +24,33 @@ def test_an_image_that_cannot_be_read_is_no_error_of_the_output_folder(number: i
     assert explanation(OSError(number, "no", str(tmp_path / "output" / "a.jpg")), folder) is None
     assert isinstance(explanation(OSError(number, "no", folder + "/metrics.json"), folder), StorageError)
     assert isinstance(explanation(OSError(number, "no"), folder), StorageError)
+
+
+def test_the_others_end_once_the_main_process_has_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun nobody ends them else, and it kills them half a minute later."""
+    store = dist.HashStore()
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed_c10d, "_get_default_store", lambda: store)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def save() -> None:
+        time.sleep(0.2)
+        store.set(interruption._SAVED, "")
+
+    def seconds_of(main: bool) -> float:
+        monkeypatch.setattr(comm, "is_main_process", lambda: main)
+        start = time.monotonic()
+        leave_with_main()
+        return time.monotonic() - start
+
+    try:
+        threading.Thread(target=save).start()
+        assert 0.1 < seconds_of(main=False) < interruption.GRACE / 2
+        store.delete_key(interruption._SAVED)
+        seconds_of(main=True)
+        assert store.check([interruption._SAVED])
+        store.delete_key(interruption._SAVED)
+        monkeypatch.setattr(interruption, "GRACE", 0.3)
+        assert seconds_of(main=False) >= 0.25, "it has nothing to wait for any more"
+    finally:
+        signal.signal(signal.SIGTERM, before)
