@@ -172,9 +172,14 @@ def test_truncated_image(cfg, tmp_path, name, is_train):
 def test_image_that_is_missing_empty_or_none(cfg, tmp_path):
     source = record(tmp_path)
     mapper = DETRDatasetMapper(cfg, is_train=True)
-    for content in (b"", b"<html>not found</html>", None):
+    for content, said in (
+        (b"", "it is empty. Restore it"),
+        (b"<html>not found</html>", "it is a web page, .* Fetch it again"),
+        (b"neither", "Restore the file"),
+        (None, "Restore the file"),
+    ):
         (tmp_path / "a.png").unlink() if content is None else (tmp_path / "a.png").write_bytes(content)
-        with pytest.raises(ValueError, match=r"image .*a\.png cannot be read .*Restore the file"):
+        with pytest.raises(ValueError, match=rf"image .*a\.png cannot be read.*{said}"):
             mapper(source)
 
 
