@@ -22,10 +22,7 @@ from detr_family.data.datasets.tree import Tree, plain, some, split_of_path
 
 FORMAT = "YOLO"
 _SPLITS = ("train", "val", "test")
-_REMEDIES = {
-    "train": "Correct the path.",
-    "val": "Correct the path, or remove the line: a share of the training images is then kept apart.",
-}
+_WORDS = {"val": "validation", "test": "test"}
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 _KEY = re.compile(rb"""^(?:\xef\xbb\xbf)?[{"']*(?:names|nc)["']?[ \t]*:""", re.MULTILINE)
 _FARTHEST = 2.0  # of a fraction from the image; beyond it, numbers are pixels
@@ -156,6 +153,9 @@ def _one_list_of_names(tree: Tree, described: _Description) -> None:
 
 def _images(tree: Tree, described: _Description, notes: list[str]) -> dict[str, list[Path]]:
     """Image files by split, as data.yaml says, else as the folders are called."""
+    named: dict[str, list[Path]] = {}
+    for path in tree.images:
+        named.setdefault(split_of_path(path.relative_to(tree.folder).parent) or "train", []).append(path)
     splits = {}
     for split in _SPLITS:
         key = next((key for key in ((split, "valid") if split == "val" else (split,)) if described.values.get(key)), "")
@@ -164,23 +164,20 @@ def _images(tree: Tree, described: _Description, notes: list[str]) -> dict[str, 
         try:
             for entry in value if isinstance(value, list) else [value] if value else []:
                 found.update(dict.fromkeys(_entry(tree, described, key, str(entry), notes)))
-        except FileNotFoundError as error:
-            if split != "test":
-                raise described.fault(key, str(error), _REMEDIES[split]) from error
-            notes.append(f"{described.file}:{described.lines[key]}: {error}: there is no test split")
-            continue
-        if value and not found:
             problem = f"{key} is {value!r}, where there is no image"
-            if split != "test":
-                raise described.fault(key, problem, _REMEDIES[split])
-            notes.append(f"{described.file}:{described.lines[key]}: {problem}: there is no test split")
+        except FileNotFoundError as error:
+            problem = str(error)
+            if found:  # of several folders one is missing
+                raise described.fault(key, problem, "Correct the path.") from error
+        if value and not found:
+            # Exports name all three splits, also those that were not made; where a folder speaks of it, it was.
+            if split == "train" or split in named:
+                raise described.fault(key, problem, "Correct the path.")
+            notes.append(f"{described.file}:{described.lines[key]}: {problem}: there is no {_WORDS[split]} split")
         if found:
             splits[split] = list(found)
     if splits:
         return splits
-    named: dict[str, list[Path]] = {}
-    for path in tree.images:
-        named.setdefault(split_of_path(path.relative_to(tree.folder).parent) or "train", []).append(path)
     if not named:
         raise ValueError(f"{tree.folder} has the labels of a YOLO dataset ({described.file.name}) but no image")
     return {split: named[split] for split in _SPLITS if split in named}

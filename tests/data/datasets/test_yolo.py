@@ -73,8 +73,11 @@ def test_roboflow_s_yaml_names_splits_that_may_not_be_there(tmp_path: Path) -> N
     assert list(read.splits) == ["train", "val"] and "data.yaml:3: test is '../test/images'" in read.notes[0]
     (tmp_path / "untested" / "test" / "images").mkdir(parents=True)
     assert "where there is no image: there is no test split" in read_folder(tmp_path / "untested").notes[0]
-    said = fault(roboflow(tmp_path / "only", "train"))
-    assert "data.yaml:2: val is '../valid/images'" in said and "or remove the line" in said
+    read = read_folder(roboflow(tmp_path / "only", "train"))
+    assert list(read.splits) == ["train"] and "data.yaml:2: val is '../valid/images'" in read.notes[0]
+    assert "there is no validation split" in read.notes[0] and "there is no test split" in read.notes[1]
+    image(tmp_path / "only" / "validation" / "images" / "c.jpg")  # there is one, called otherwise
+    assert "data.yaml:2: val is '../valid/images'" in fault(tmp_path / "only")
 
 
 def test_yolo_folders_of_another_computer(tmp_path: Path) -> None:
@@ -135,6 +138,7 @@ def test_yolo_lines_that_cannot_be_name_file_and_line(tmp_path: Path, line: str,
     ("yaml", "said"),
     [
         ("names: [cat, dog]\ntrain: images/trian\n", ":2: train is 'images/trian'"),
+        ("names: [cat, dog]\nval: [images/train, images/vl]\n", ":2: val is 'images/vl'"),
         ("names: [cat, dog]\nnc: 3\ntrain: images/train\n", ":2: nc is 3"),
         ("names: {0: cat, 2: dog}\ntrain: images/train\n", ":1: the class numbers are 0, 2"),
         ("train: images/train\nnames: cat\n", ":2: names is 'cat'"),
