@@ -1,9 +1,9 @@
 """Start-up and memory of data workers with a large dataset: python -m detr_family.benchmarks.workers.
 
 A made-up COCO file of as many images and annotations as COCO's training set, which name the same few JPEGs. Measured,
-each in a process of its own: reading the file, the first batch from the start of the workers on, and the memory that
-each worker has for itself (not shared with the main process) after some batches; with Detectron2's serialised list, as
-a training has it, and with a plain list of dicts. Linux.
+each in a process of its own: reading the file (CPU time), the first batch from the start of the workers on, and the
+memory that each worker has for itself (not shared with the main process) after some batches; with Detectron2's
+serialised list, as a training has it, and with a plain list of dicts. Linux.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetFromList
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
 
 from detr_family.benchmarks.loading import write_images
 from detr_family.config import load_config
 from detr_family.data import DETRDatasetMapper
 from detr_family.data.datasets.coco_json import read_coco_json
-from detr_family.engine.loader import TrainLoader
 
 _BATCHES = 20  # read before memory is measured
 _FILES = 16  # that all entries share
@@ -63,19 +63,17 @@ def own_memory(process: int) -> int:
 
 
 def measure(path: str, workers: int, serialised: bool) -> dict[str, float]:
-    """Seconds ("read", "first batch") and MiB ("dataset" where it is serialised, "worker" on average, "most")."""
-    cfg = load_config("detr_r50", ["MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2"])
-    cfg.DATALOADER.NUM_WORKERS = workers
-    started = time.perf_counter()
+    """Seconds ("read", CPU time; "first batch") and MiB ("dataset" if serialised, "worker" on average, "most")."""
+    mapper = DETRDatasetMapper(load_config("detr_r50", ["MODEL.DEVICE", "cpu"]), True)
+    started = time.process_time()
     dicts = read_coco_json(path, str(Path(path).parent))
-    read = time.perf_counter() - started
-    loader = TrainLoader(cfg, dicts, DETRDatasetMapper(cfg, True))
-    size = 0
-    if serialised:
-        size = loader.dataset._lst._lst.nbytes
-    else:
-        loader.dataset = DatasetFromList(dicts, copy=False, serialize=False)
+    read = time.process_time() - started
+    dataset = DatasetFromList(dicts, copy=False, serialize=serialised)
+    size = dataset._lst._lst.nbytes if serialised else 0
     del dicts
+    loader = build_detection_train_loader(
+        dataset, mapper=mapper, sampler=TrainingSampler(len(dataset)), total_batch_size=2, num_workers=workers
+    )
     started = time.perf_counter()
     batches = iter(loader)
     next(batches)
@@ -105,13 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write_dataset(Path(folder), args.images, args.annotations)
         print(f"{args.images} images, {args.annotations} annotations, {path.stat().st_size / 2**20:.0f} MiB of JSON")
-        print(f"{'':12} {'read, s':>9} {'first batch, s':>15} {'dataset, MiB':>13} {'a worker, MiB':>14} {'most':>7}")
+        print(
+            f"{'':12} {'read, s':>9} {'first batch, s':>15} {'dataset, MiB':>13} {'a worker, MiB':>14} {'most':>7}",
+            flush=True,
+        )
         for name, serialised in (("serialised", True), ("plain list", False)):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 found = pool.submit(measure, str(path), args.workers, serialised).result()
             print(
                 f"{name:12} {found['read']:9.1f} {found['first batch']:15.1f} {found['dataset']:13.0f} "
-                f"{found['worker']:14.0f} {found['most']:7.0f}"
+                f"{found['worker']:14.0f} {found['most']:7.0f}",
+                flush=True,
             )
 
 

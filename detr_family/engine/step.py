@@ -26,6 +26,8 @@ PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 class NotFiniteError(UserError, FloatingPointError):
     """A loss or gradient that is not finite; the message says which, on what images, and what to set."""
+
+
 _SAVED_BATCHES = 10  # of steps that were skipped: a run may skip thousands, and disks fill
 
 
