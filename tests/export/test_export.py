@@ -11,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import golden
 import numpy as np
 import pytest
 import tiny
 import torch
 from exporting import NAMES, SIZE, SIZES, agree, build, exported, in_all_formats
 from PIL import Image
+from test_detrex import model_of
 
 from detr_family.errors import UserError
 from detr_family.export import export_model
@@ -56,6 +58,17 @@ def test_all_formats(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_with_the_operator_where_it_is_built(tmp_path: Path) -> None:
     model, path = exported("DINO", "torch_export", tmp_path)
     agree(model, path, SIZES, [1, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.golden
+def test_dino_r50_with_golden_weights(tmp_path: Path) -> None:
+    model = model_of("dino_r50_4scale", "MODEL.DETR.NUM_QUERIES", "100")
+    golden.fill(model, golden.load("dino_r50_4scale"), tmp_path / "weights.pth").eval()
+    images = [x["image"] for x in golden.batch()]
+    path = tmp_path / "model.pt2"
+    difference = export_model(model, "torch_export", path, size=(128, 160), batch=2, native=False, images=images)
+    assert difference is not None and difference.within() and difference.compared > 500
 
 
 @pytest.mark.slow
