@@ -255,7 +255,7 @@ class DETRCheckpointer(DetectionCheckpointer):
         if origin is not None and origin.name == "Swin's authors":
             self._check_swin(state)
         if self.class_rows == "match" and not backbone_only:
-            self._match_rows(state, checkpoint.get("class_names"))
+            self._match_rows(state, self._names_in(checkpoint))
         elif self.class_rows == "new" and not backbone_only:
             fresh = {k: v for k, v in self.model.state_dict().items() if k in state and CLASS_ROWS.search(k)}
             state.update(fresh)
@@ -320,6 +320,17 @@ class DETRCheckpointer(DetectionCheckpointer):
                 + ". Set MODEL.BACKBONE.NAME to build_swin_backbone, and MODEL.SWIN.SIZE and WINDOW_SIZE to the file's"
             )
 
+    def _names_in(self, checkpoint: dict[str, Any]) -> list[str] | None:
+        names = checkpoint.get("class_names")
+        if not names:
+            return None
+        if not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
+            raise ValueError(
+                f"{self._path} has class_names {str(names)[:100]!r} of type {type(names).__name__}; a list of texts is "
+                "needed. The file is damaged, or made otherwise: take another, or take that entry out"
+            )
+        return list(names)
+
     def _check(self, checkpoint: dict[str, Any], belongs: str) -> None:
         """Compare names and shapes before anything is loaded."""
         state, model = checkpoint["model"], self.model.state_dict()
@@ -331,7 +342,7 @@ class DETRCheckpointer(DetectionCheckpointer):
         missing = [name for name in model if name not in state]
         unexpected = [name for name in state if name not in model]
         if not (shapes or missing or unexpected):
-            theirs = checkpoint.get("class_names")
+            theirs = self._names_in(checkpoint)
             if theirs and self.class_names and self.class_rows == "exact" and list(theirs) != list(self.class_names):
                 _logger.warning(
                     "%s has classes %s, this dataset has as many of other names: their rows are kept in order. "
@@ -351,7 +362,7 @@ class DETRCheckpointer(DetectionCheckpointer):
         classes = [name for name in shapes if CLASS_ROWS.search(name)]
         if classes and len(classes) == len(shapes) and not missing and not unexpected:
             there, here = (shape[0] for shape in shapes[classes[0]])
-            names = checkpoint.get("class_names")
+            names = self._names_in(checkpoint)
             message = (
                 f"{self._path} was trained with another number of classes: {classes[0]} has {there} rows there "
                 f"and {here} here"

@@ -59,9 +59,10 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         single = _MISMATCH.search(str(error))
         if single is None:
             raise ValueError(" ".join(str(error).split())) from error
+        value = single["value"] if len(single["value"]) < 200 else f"{single['value'][:200]} ..."
         raise ValueError(
-            f"{single['key']} is {single['value']!r}, one text, and must be a tuple, which for one of it needs a "
-            f"comma: ('{single['value']}',)"
+            f"{single['key']} is {value!r}, one text, and must be a tuple, which for one of it needs a comma: "
+            f"('{value}',)"
         ) from error
     check_registered(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():

@@ -36,6 +36,7 @@ _NAMES: dict[type, str] = {
     tuple: "a tuple",
     list: "a list",
 }
+_LARGEST = 2**63 - 1  # that torch takes
 # Of Detectron2's keys: what it refuses in words that do not name the key, or late.
 _CHOICES: dict[str, Sequence[str]] = {
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
@@ -112,6 +113,8 @@ def _fits(value: Any, default: Any) -> bool:
         return isinstance(value, (tuple, list)) and not (numbers and any(isinstance(x, str) for x in value))
     if isinstance(default, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return False
     return isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool)
 
 
@@ -127,6 +130,8 @@ def _said(value: Any, default: Any) -> str:
         needs = " for one of it needs a comma" if isinstance(default, tuple) else " for one of it is"
         return f"{shown}, {what}, and must be {wanted}, which{needs}: {form}"
     form = f": {os.fspath(value)!r}" if isinstance(default, str) and isinstance(value, os.PathLike) else ""
+    if isinstance(value, int) and isinstance(default, int) and abs(value) > _LARGEST:
+        return f"{shown}; it must be {wanted} of at most 19 digits"
     return f"{shown}, of type {type(value).__name__}; it must be {wanted}{form}"
 
 

@@ -33,6 +33,7 @@ def with_value(cfg: CfgNode, key: str, value: Any) -> CfgNode:
         ("DATASETS.TEST", "cells_val", r"which for one of it needs a comma: \('cells_val',\)"),
         ("DATASETS.TEST", None, "of type NoneType; it must be a tuple"),
         ("SOLVER.IMS_PER_BATCH", 2.0, "2.0, of type float; it must be a whole number"),
+        ("MODEL.DETR.FEEDFORWARD_DIM", 10**400, r"10{100,} \.\.\.; it must be a whole number of at most 19 digits"),
         ("SOLVER.MAX_ITER", True, "True, of type bool; it must be a whole number"),
         ("SOLVER.BASE_LR", "1e-4", "'1e-4', of type str; it must be a number"),
         ("SOLVER.EMA.ENABLED", "False", "'False', of type str; it must be True or False"),

@@ -115,7 +115,10 @@ UNSET = (None, 0)
 def numbers(annotation: dict[str, Any]) -> Any:
     """The box, of which exporters write numbers as texts."""
     box = annotation.get("bbox")
-    return [float(x) if isinstance(x, str) else x for x in box] if isinstance(box, list) else box
+    try:
+        return [float(x) if isinstance(x, str) else x for x in box] if isinstance(box, list) else box
+    except ValueError:
+        return box
 
 
 def means_the_same(json_file: str, root: str) -> None:
