@@ -27,7 +27,7 @@ def kernels_work() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # layers draw their weights
             generator = torch.Generator().manual_seed(0)
             conv = nn.Conv2d(4, 6, 3, padding=1)
             linear = nn.Linear(8, 5)

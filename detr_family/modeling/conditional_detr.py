@@ -26,6 +26,7 @@ from typing_extensions import Unpack
 
 from detr_family.layers.attention import ProjectedAttention
 from detr_family.layers.boxes import inverse_sigmoid
+from detr_family.layers.fused import feed_forward
 from detr_family.layers.mlp import MLP
 from detr_family.layers.position_encoding import sine_of_coordinates
 from detr_family.modeling.criterion import FocalClassLoss
@@ -276,8 +277,8 @@ class ConditionalDecoderLayer(nn.Module):
         content = self.norm1(content + self.dropout(self.attend(content, object_queries, blocked)))
         seen = self.look(content, memory, object_queries, spatial_query, memory_position, padding)
         content = self.norm2(content + self.dropout(seen))
-        hidden = self.dropout(self.activation(self.linear1(content)))
-        return self.norm3(content + self.dropout(self.linear2(hidden)))
+        seen = feed_forward(content, self.linear1, self.activation, self.dropout, self.linear2)
+        return self.norm3(content + self.dropout(seen))
 
     def attend(self, content: Tensor, object_queries: Tensor, blocked: Tensor | None) -> Tensor:
         """Self-attention: content and position are projected apart and added."""

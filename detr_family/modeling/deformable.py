@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from detr_family.layers.deformable_attention import MSDeformAttn
+from detr_family.layers.fused import feed_forward
 from detr_family.modeling.transformer import LayerArguments, xavier_matrices
 
 
@@ -334,8 +335,8 @@ class DeformableEncoderLayer(nn.Module):
         """
         seen = self.self_attn(tokens + position, reference, tokens, levels.shapes, levels.starts, levels.padding)
         tokens = self.norm1(tokens + self.dropout(seen))
-        hidden = self.dropout(self.activation(self.linear1(tokens)))
-        return self.norm2(tokens + self.dropout(self.linear2(hidden)))
+        seen = feed_forward(tokens, self.linear1, self.activation, self.dropout, self.linear2)
+        return self.norm2(tokens + self.dropout(seen))
 
 
 class DeformableDecoderLayer(nn.Module):
@@ -404,8 +405,8 @@ class DeformableDecoderLayer(nn.Module):
         content = self.norm2(content + self.dropout(seen))
         seen = self.cross_attn(content + position, reference, memory, levels.shapes, levels.starts, levels.padding)
         content = self.norm1(content + self.dropout(seen))
-        hidden = self.dropout(self.activation(self.linear1(content)))
-        return self.norm3(content + self.dropout(self.linear2(hidden)))
+        seen = feed_forward(content, self.linear1, self.activation, self.dropout, self.linear2)
+        return self.norm3(content + self.dropout(seen))
 
 
 def encoder_of(count: int, *, num_levels: int, num_points: int, **layer: Unpack[LayerArguments]) -> DeformableEncoder:

@@ -23,6 +23,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from detr_family.layers.fused import feed_forward
 from detr_family.layers.mlp import MLP
 from detr_family.layers.position_encoding import LearnedPositionEncoding
 from detr_family.modeling.criterion import SoftmaxClassLoss
@@ -291,7 +292,7 @@ class EncoderLayer(nn.Module):
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         """The two linear layers with activation and dropout between them."""
-        return self.linear2(self.dropout(self.activation(self.linear1(tokens))))
+        return feed_forward(tokens, self.linear1, self.activation, self.dropout, self.linear2)
 
 
 class Decoder(nn.Module):
@@ -399,4 +400,4 @@ class DecoderLayer(nn.Module):
 
     def feed_forward(self, content: Tensor) -> Tensor:
         """The two linear layers with ReLU and dropout between them."""
-        return self.linear2(self.dropout(F.relu(self.linear1(content), inplace=True)))
+        return feed_forward(content, self.linear1, F.relu, self.dropout, self.linear2)
