@@ -118,6 +118,13 @@ def contestants(inputs: Inputs) -> dict[str, tuple[Forward, bool]]:
             lambda x: ms_deform_attn(x.value, x.shapes, x.starts, x.locations, x.weights),
             False,
         )
+        dtype = inputs.value.dtype
+        if dtype.itemsize == 2 and not inputs.value.is_cuda:
+
+            def through_float32(x: Inputs) -> Tensor:
+                return ms_deform_attn(x.value.float(), x.shapes, x.starts, x.locations, x.weights).to(dtype)
+
+            found["detr_family, through float32"] = (through_float32, False)
     try:
         from torch_ms_deform_attn import ms_deform_attn as peer
 

@@ -1,9 +1,9 @@
-"""Where a training step's time goes on the CPU, and what the fused parts save: python -m detr_family.benchmarks.training
+"""Where a training step's time goes on the CPU, and what fused parts save: python -m detr_family.benchmarks.training
 
 python -m detr_family.benchmarks.training detr_r50 dino_r50_4scale --size 480 640
 
-For each configuration steps as they are and steps of the plain layers (`detr_family.layers.fused` says what differs) run
-in one process, in turn, with the same weights, images of noise and random numbers; of each part the table holds the
+For each configuration steps as they are and steps of the plain layers (`detr_family.layers.fused` says what differs)
+run in one process, in turn, with the same weights, images of noise and random numbers; of each part the table holds the
 median of the process's CPU time. Ratios of one run mean something, absolute times little.
 """
 

@@ -75,9 +75,8 @@ class FoldedConv(NamedTuple):
     geometry: tuple[list[int], list[int], list[int], int]
 
     def folded(self) -> Tensor:
-        """The weight with the scale, in channels-last layout."""
-        weight = self.weight.detach() * self.scale[:, None, None, None]
-        return weight.contiguous(memory_format=torch.channels_last)
+        """The weight with the scale."""
+        return self.weight.detach() * self.scale[:, None, None, None]
 
     def __call__(self, x: Tensor, weight: Tensor, *, relu: bool) -> Tensor:
         """Convolve x (B, I, H, W) with the folded weight; no autograd."""
@@ -93,39 +92,45 @@ class FoldedConv(NamedTuple):
         return y
 
     def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool
+        self, grad: Tensor, x: Tensor, wants_x: bool, wants_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of x and of the weight before the scale.
+        """Gradients of x and of the weight.
 
         Args:
             grad: (B, O, H', W') of the result, in channels-last layout.
             x: what was convolved.
-            weight: the folded one.
             wants_x, wants_weight: which are computed.
         """
         padding, stride, dilation, groups = self.geometry
-        grad_x: Tensor | None
+        weight = self.weight.detach()
+        scale_later = weight.numel() < grad.numel()  # the scale goes to what is smaller
+        if not scale_later:
+            grad = grad * self.scale[:, None, None]
+        elif wants_x:
+            weight = self.folded()
+        grad_x: Tensor | None = None
+        grad_weight: Tensor | None = None
         if weight.shape[2:] == (1, 1) and (stride, padding, groups) == ([1, 1], [0, 0], 1):  # a linear layer
-            rows, matrix = grad.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1)
-            grad_x = grad_weight = None
+            rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
             if wants_x:
-                grad_x = _mkldnn._linear_pointwise(rows, matrix.t(), None, "none", [], "")
-                grad_x = grad_x.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+                wide = _mkldnn._linear_pointwise(rows, weight.flatten(1).t(), None, "none", [], "")
+                grad_x = wide.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
             if wants_weight:
-                grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).flatten(0, 2)).view_as(self.weight)
+                grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).flatten(0, 2)).view_as(weight)
         else:
             rest = (None, stride, padding, dilation, False, [0, 0], groups)
             # oneDNN's gradients of these weights take twice as long in channels-last layout.
             apart = wants_weight and groups == 1 and (max(stride) > 1 or len(weight) >= 512)
             wanted = [wants_x, wants_weight and not apart, False]
-            grad_x = grad_weight = None
             if any(wanted):
                 grad_x, grad_weight, _ = _aten.convolution_backward(grad, x, weight, *rest, wanted)
             if apart:
-                plain = (tensor.contiguous() for tensor in (grad, x, weight))
+                plain = grad.contiguous(), x.contiguous(), self.weight.detach()
                 grad_weight = _aten.convolution_backward(*plain, *rest, [False, True, False])[1]
         if grad_weight is not None:
-            grad_weight = (grad_weight * self.scale[:, None, None, None]).contiguous()
+            grad_weight = grad_weight.contiguous()
+            if scale_later:
+                grad_weight.mul_(self.scale[:, None, None, None])
         return grad_x, grad_weight
 
 
@@ -153,7 +158,9 @@ def residual_block(x: Tensor, convs: Sequence[FoldedConv], shortcut: FoldedConv 
 
 class _ResidualBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, convs: Sequence[FoldedConv], shortcut: FoldedConv | None, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, convs: Sequence[FoldedConv], shortcut: FoldedConv | None, *weights: Tensor
+    ) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         folded = [conv.folded() for conv in convs]
         entering = [x]
@@ -175,16 +182,15 @@ class _ResidualBlock(torch.autograd.Function):
         convs, shortcut, count = ctx.convs, ctx.shortcut, len(ctx.convs)
         result, *saved = ctx.saved_tensors
         entering = saved[:count]
-        folded = [conv.folded() for conv in (*convs, *([] if shortcut is None else [shortcut]))]  # not kept: 90 MB
         wants_x, wants_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        of_weights: list[Tensor | None] = [None] * len(folded)
+        of_weights: list[Tensor | None] = [None] * len(wants_weight)
         grad = _aten.threshold_backward(grad.contiguous(memory_format=torch.channels_last), result, 0)
         grad_x: Tensor | None = grad
         if shortcut is not None:
-            grad_x, of_weights[-1] = shortcut.backward(grad, entering[0], folded[-1], wants_x, wants_weight[count])
+            grad_x, of_weights[-1] = shortcut.backward(grad, entering[0], wants_x, wants_weight[count])
         for i in reversed(range(count)):
             wanted = wants_x or any(wants_weight[:i])
-            inner, of_weights[i] = convs[i].backward(grad, entering[i], folded[i], wanted, wants_weight[i])
+            inner, of_weights[i] = convs[i].backward(grad, entering[i], wanted, wants_weight[i])
             if inner is None:
                 break
             grad = _clear_where_not_positive(inner, entering[i]) if i else inner.add_(grad_x)

@@ -235,6 +235,42 @@ def test_threads_change_nothing(threads: int):
         torch.set_num_threads(before)
 
 
+def check_16_bits(dtype: torch.dtype, channels: int, queries: int):
+    """Values of 16 bits give, number for number, what the same in float32 give, rounded; so do their gradients."""
+    value, locations, weights = (item.float() for item in numbers(queries=queries, channels=channels, points=4))
+    magnitude = 10.0 ** torch.linspace(-9, 4, value.shape[1])[:, None, None]  # float16 has subnormal numbers below 6e-5
+    value = (value * magnitude).to(dtype)
+    value[0, ::11], value[0, 5], value[1, 9] = 0.0, torch.inf, torch.nan
+    grad = torch.randn(2, queries, 4 * channels, generator=torch.Generator().manual_seed(5))
+    grad = (grad * 10.0 ** torch.linspace(-9, 5, queries)[:, None]).clamp(-6e4, 6e4).to(dtype).double()
+    found = run(native, (value, locations, weights), grad)
+    assert found[0].dtype == found[1].dtype == dtype
+    expected = run(native, (value.float(), locations, weights), grad)
+    for result, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, other.to(result.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_native
+@pytest.mark.parametrize("queries", [7, 70])
+@pytest.mark.parametrize("channels", [3, 20, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_float32_rounded(dtype: torch.dtype, channels: int, queries: int):
+    check_16_bits(dtype, channels, queries)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits(dtype: torch.dtype):
+    """One point in the middle of each token's pixel: what is read is what is written."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    value = bits.view(dtype).view(1, 64 * 64, 1, 16)
+    value = torch.where(value.isfinite(), value, torch.zeros_like(value))
+    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    locations = ((torch.stack([columns, rows], -1) + 0.5) / 64).view(1, 4096, 1, 1, 1, 2)
+    output = ms_deform_attn(value, [(64, 64)], [0], locations, torch.ones(1, 4096, 1, 1, 1))
+    assert torch.equal(output.view(value.shape), value)
+
+
 @needs_native
 @pytest.mark.parametrize("instructions", ["generic", "avx2", "avx512"])
 def test_every_set_of_instructions(instructions: str):
@@ -244,6 +280,9 @@ def test_every_set_of_instructions(instructions: str):
         "for c, p, q in ((32, 4, 7), (20, 5, 7), (32, 4, 70)):\n"
         "    inputs = t.numbers(queries=q, channels=c, points=p)\n"
         "    t.close(t.run(t.native, [i.float() for i in inputs]), t.run(t.reference, inputs), 1e-5)\n"
+        "for dtype in (torch.bfloat16, torch.float16):\n"
+        "    for c in (20, 32):\n"
+        "        t.check_16_bits(dtype, c, 70)\n"
         "print(t.ops.cpu_instructions())"
     )
     environment = {**os.environ, "DETR_FAMILY_CPU_INSTRUCTIONS": instructions}

@@ -22,7 +22,7 @@ namespace detr_family {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The operands, contiguous and, but for `value` on CUDA, of the type that is computed with.
+// The operands, contiguous and of the type that is computed with; `value` may be of 16 bits.
 struct Operands {
   Tensor value;                     // B x S x M x D
   Tensor shapes, starts;            // L x 2 and L, int64
@@ -120,7 +120,7 @@ void check_devices(OnDevice on_device, const Tensor& value, const Tensor& shapes
   STD_TORCH_CHECK(same, "ms_deform_attn: all tensors must be on the device of value");
 }
 
-// On the CPU the levels can be read, and the value too is of the type that is computed with.
+// On the CPU the levels can be read.
 inline Operands check_cpu(Operands in) {
   const int64_t* shapes = static_cast<const int64_t*>(in.shapes.data_ptr());
   const int64_t* starts = static_cast<const int64_t*>(in.starts.data_ptr());
@@ -131,7 +131,6 @@ inline Operands check_cpu(Operands in) {
     next += shapes[2 * l] * shapes[2 * l + 1];
   }
   STD_TORCH_CHECK(next == in.tokens, "ms_deform_attn: spatial_shapes are ", next, " tokens, value has ", in.tokens);
-  in.value = cast(in.value, in.compute);
   return in;
 }
 

@@ -125,6 +125,11 @@ void prepare_pages(const Tensor& result, int64_t element_size) {
 constexpr int64_t kForwardCorners = 4, kBackwardCorners = 8;
 constexpr int32_t kGroup = 4;  // points that the backward takes at once, at most: all copied or none
 
+Stored stored(const Operands& in) {
+  if (in.value_type == ScalarType::BFloat16) return Stored::bfloat16;
+  return in.value_type == ScalarType::Half ? Stored::half : Stored::same;
+}
+
 template <typename T>
 Problem<T> describe(const Operands& in, int64_t corners_per_token) {
   Problem<T> problem;
@@ -137,7 +142,11 @@ Problem<T> describe(const Operands& in, int64_t corners_per_token) {
   problem.points = int32_t(in.points);
   problem.shapes = static_cast<const int64_t*>(in.shapes.data_ptr());
   problem.starts = static_cast<const int64_t*>(in.starts.data_ptr());
-  problem.value = static_cast<const T*>(in.value.data_ptr());
+  problem.stored = stored(in);
+  if (problem.stored == Stored::same)
+    problem.value = static_cast<const T*>(in.value.data_ptr());
+  else
+    problem.narrow_value = static_cast<const uint16_t*>(in.value.data_ptr());
   problem.numbers = static_cast<const T*>(in.numbers.data_ptr());
   problem.weights = static_cast<const T*>(in.weights.data_ptr());
   if (in.reference.has_value()) {
@@ -145,6 +154,7 @@ Problem<T> describe(const Operands& in, int64_t corners_per_token) {
     problem.reference_dims = int32_t(in.reference->size(3));
   }
   const int64_t corners = in.queries * in.points * 4;  // on each level
+  if (problem.stored != Stored::same) return problem;  // all are copied: what is narrow is widened on the way
   problem.first_copied = problem.levels;
   for (int32_t l = problem.levels; l-- > 0;) {
     if (corners < corners_per_token * problem.shapes[2 * l] * problem.shapes[2 * l + 1]) break;
@@ -156,8 +166,9 @@ Problem<T> describe(const Operands& in, int64_t corners_per_token) {
 }
 
 template <typename T>
-void run_forward(Problem<T>& problem, T* output) {
-  problem.output = output;
+void run_forward(Problem<T>& problem, void* output) {
+  problem.output = static_cast<T*>(output);
+  problem.narrow_output = static_cast<uint16_t*>(output);  // whichever it is
   const Kernels<T> kernels = choose<T>(problem.channels);
   const int64_t heads = problem.batch * problem.heads;
   if (heads == 0 || problem.queries == 0) return;
@@ -214,17 +225,21 @@ Operands prepare(const Tensor& value, const Tensor& shapes, const Tensor& starts
   return check_cpu(check(value, shapes, starts, reference, numbers, weights));
 }
 
+int64_t size_of(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
 Tensor forward(const Operands& in) {
   Tensor output = torch::stable::new_empty(in.value, {in.batch, in.queries, in.heads * in.channels});
-  prepare_pages(output, in.compute == ScalarType::Double ? 8 : 4);
+  prepare_pages(output, size_of(in.value_type));
   if (in.compute == ScalarType::Double) {
     Problem<double> problem = describe<double>(in, kForwardCorners);
-    run_forward(problem, static_cast<double*>(output.data_ptr()));
+    run_forward(problem, output.data_ptr());
   } else {
     Problem<float> problem = describe<float>(in, kForwardCorners);
-    run_forward(problem, static_cast<float*>(output.data_ptr()));
+    run_forward(problem, output.data_ptr());
   }
-  return cast(output, in.value_type);
+  return output;
 }
 
 template <typename T>
@@ -232,6 +247,7 @@ void backward_of(const Operands& in, const Tensor& grad_output, Gradients& out) 
   Problem<T> problem = describe<T>(in, kBackwardCorners);
   problem.grad_output = static_cast<const T*>(grad_output.data_ptr());
   problem.grad_value = static_cast<T*>(out.value.data_ptr());
+  problem.narrow_grad_value = static_cast<uint16_t*>(out.value.data_ptr());  // whichever it is
   problem.grad_numbers = static_cast<T*>(out.numbers.data_ptr());
   problem.grad_weights = static_cast<T*>(out.weights.data_ptr());
   run_backward(problem);
@@ -242,14 +258,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Operands& in, const Tensor& gr
   Tensor grad = cast(as_contiguous(grad_output), in.compute);
   Gradients out{torch::stable::empty_like(in.value), torch::stable::empty_like(in.numbers),
                 torch::stable::empty_like(in.weights)};
-  for (const Tensor* result : {&out.value, &out.numbers, &out.weights})
-    prepare_pages(*result, in.compute == ScalarType::Double ? 8 : 4);
+  prepare_pages(out.value, size_of(in.value_type));
+  for (const Tensor* result : {&out.numbers, &out.weights}) prepare_pages(*result, size_of(in.compute));
   if (in.compute == ScalarType::Double) {
     backward_of<double>(in, grad, out);
   } else {
     backward_of<float>(in, grad, out);
   }
-  return {cast(out.value, in.value_type), cast(out.numbers, in.numbers_type), cast(out.weights, in.weights_type)};
+  return {out.value, cast(out.numbers, in.numbers_type), cast(out.weights, in.weights_type)};
 }
 
 Tensor ms_deform_attn_forward(Tensor value, Tensor shapes, Tensor starts, Tensor locations, Tensor weights, bool) {

@@ -49,6 +49,60 @@ static DETR_INLINE const typename Simd<T>::Unaligned& at(const T* pointer) {
   return *reinterpret_cast<const typename Simd<T>::Unaligned*>(pointer);
 }
 
+// Numbers of 16 bits, a vector's worth of them, from and to floats; to nearest even, as torch does.
+typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint16_t UnalignedHalves __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+static DETR_INLINE Floats widen(Stored stored, Halves narrow) {
+  const Bits h = __builtin_convertvector(narrow, Bits);
+  if (stored == Stored::bfloat16) return (Floats)(h << 16);
+  const Bits size = h & 0x7fff, sign = (h & 0x8000) << 16;
+  const Bits finite = (Bits)((Floats)(size << 13) * 5.192296858534828e+33f);  // 2^112, subnormal numbers too
+  const Bits outside = (size << 13) | 0x7f800000;                            // infinities and NaN
+  return (Floats)((Bits)choose((Ints)(size >= 0x7c00), (Ints)outside, (Ints)finite) | sign);
+}
+
+static DETR_INLINE Halves narrow(Stored stored, Floats x) {
+  const Bits bits = (Bits)x;
+  if (stored == Stored::bfloat16) {
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((Bits)choose((Ints)(x != x), (Ints)(Bits{} + 0x7fc0), (Ints)rounded), Halves);
+  }
+  const Bits size = bits & 0x7fffffff;
+  const Bits normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+  const Bits small = (Bits)((Floats)size + 0.5f) - (126u << 23);  // the addition rounds where the last bit shall be
+  const Bits large = (Bits)choose((Ints)(x != x), (Ints)(Bits{} + 0x7e00), (Ints)(Bits{} + 0x7c00));
+  Ints result = choose((Ints)(size < (113u << 23)), (Ints)small, (Ints)normal);
+  result = choose((Ints)(size >= (143u << 23)), (Ints)large, result);
+  return __builtin_convertvector((Bits)result | (bits >> 16 & 0x8000), Halves);
+}
+
+// A row of numbers of 16 bits to floats and back.
+static DETR_INLINE void widen_row(Stored stored, float* __restrict to, const uint16_t* __restrict from, int32_t count) {
+  constexpr int lanes = Simd<float>::lanes;
+  int32_t d = 0;
+  for (; d + lanes <= count; d += lanes)
+    at(to + d) = widen(stored, *reinterpret_cast<const UnalignedHalves*>(from + d));
+  if (d == count) return;
+  Halves rest = {};
+  for (int32_t i = 0; i < count - d; ++i) rest[i] = from[d + i];
+  const Floats wide = widen(stored, rest);
+  for (int32_t i = 0; i < count - d; ++i) to[d + i] = wide[i];
+}
+
+static DETR_INLINE void narrow_row(Stored stored, uint16_t* __restrict to, const float* __restrict from, int32_t count) {
+  constexpr int lanes = Simd<float>::lanes;
+  int32_t d = 0;
+  for (; d + lanes <= count; d += lanes)
+    *reinterpret_cast<UnalignedHalves*>(to + d) = narrow(stored, at(from + d));
+  if (d == count) return;
+  Floats rest = {};
+  for (int32_t i = 0; i < count - d; ++i) rest[i] = from[d + i];
+  const Halves small = narrow(stored, rest);
+  for (int32_t i = 0; i < count - d; ++i) to[d + i] = small[i];
+}
+
 // The reordering of two vectors a and b, read as one of twice the length.
 #if defined(__clang__)
 #define DETR_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -147,7 +201,8 @@ struct Scratch {
                                            // or from the copies'
   Integer* outside;                        // padded: -1, or the copies' last row
   T *number, *dots, *grad_attention;       // padded x 2, x 4 and x 1
-  T *softmax_all, *zeros, *dump;           // all points of a query; channels: read, and written, for corners outside
+  T *softmax_all, *zeros, *dump;           // all points of a query; channels: read, and written, for corners outside,
+                                           // or the output before it is narrowed
   T *value, *grad_value;                   // (copied tokens + 1) x channels: the head's copies
   void* memory = nullptr;
 
@@ -242,14 +297,23 @@ struct Head {
         full(int64_t(problem_.heads) * channels), copied_count(count_tokens(problem_, level_copied, to)),
         scratch(problem_, to - from, copied_count, with_grad) {
     const int64_t first = b * problem.tokens * full + int64_t(m) * channels;
-    base = problem.value + first;
-    if (with_grad) grad_base = problem.grad_value + first;
+    const bool same = problem.stored == Stored::same;
+    base = same ? problem.value + first : nullptr;
+    if (with_grad && same) grad_base = problem.grad_value + first;
     const int64_t copy_begin = copied_count > 0 ? problem.starts[level_copied] : 0;
     if (copied_count > 0) {
-      const T* source = base + copy_begin * full;
-      for (int64_t s = 0; s < copied_count; ++s) {
-        for (int32_t d = 0; d < channels; d += line) __builtin_prefetch(source + (s + rows_ahead) * full + d);
-        copy_row(scratch.value + s * channels, source + s * full);
+      if (same) {
+        const T* source = base + copy_begin * full;
+        for (int64_t s = 0; s < copied_count; ++s) {
+          for (int32_t d = 0; d < channels; d += line) __builtin_prefetch(source + (s + rows_ahead) * full + d);
+          copy_row(scratch.value + s * channels, source + s * full);
+        }
+      } else if constexpr (sizeof(T) == sizeof(float)) {
+        const uint16_t* source = problem.narrow_value + first + copy_begin * full;
+        for (int64_t s = 0; s < copied_count; ++s) {
+          for (int32_t d = 0; d < channels; d += 2 * line) __builtin_prefetch(source + (s + rows_ahead) * full + d);
+          widen_row(problem.stored, scratch.value + s * channels, source + s * full, channels);
+        }
       }
       __builtin_memset(scratch.value + copied_count * channels, 0, channels * sizeof(T));
       if (with_grad) __builtin_memset(scratch.grad_value, 0, (copied_count + 1) * channels * sizeof(T));
@@ -423,7 +487,8 @@ struct Head {
 
   // output[b, q, m] = sum over points and corners of weight times value
   DETR_INLINE void gather(int64_t q, const Points<T>& set) {
-    T* output = problem.output + row(q) * channels;
+    const bool same = problem.stored == Stored::same;
+    T* output = same ? problem.output + row(q) * channels : scratch.dump;
     const int32_t count = scratch.count;
     if constexpr (D != 0 && D % lanes == 0) {
       constexpr int parts = D / lanes;
@@ -445,6 +510,9 @@ struct Head {
           for (int c = 0; c < 4; ++c) sum += value_of(set, c, k)[d] * set.corner[c][k];
         output[d] = sum;
       }
+    }
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (!same) narrow_row(problem.stored, problem.narrow_output + row(q) * channels, output, channels);
     }
   }
 
@@ -575,10 +643,19 @@ struct Head {
       finish(q, set);
     });
     if (copied_count > 0) {
-      T* to = grad_base + problem.starts[level_copied] * full;
-      for (int64_t s = 0; s < copied_count; ++s) {
-        for (int32_t d = 0; d < channels; d += line) __builtin_prefetch(to + (s + rows_ahead) * full + d, 1);
-        copy_row(to + s * full, scratch.grad_value + s * channels);
+      const int64_t copy_begin = problem.starts[level_copied] * full;
+      if (problem.stored == Stored::same) {
+        T* to = grad_base + copy_begin;
+        for (int64_t s = 0; s < copied_count; ++s) {
+          for (int32_t d = 0; d < channels; d += line) __builtin_prefetch(to + (s + rows_ahead) * full + d, 1);
+          copy_row(to + s * full, scratch.grad_value + s * channels);
+        }
+      } else if constexpr (sizeof(T) == sizeof(float)) {
+        uint16_t* to = problem.narrow_grad_value + b * problem.tokens * full + int64_t(m) * channels + copy_begin;
+        for (int64_t s = 0; s < copied_count; ++s) {
+          for (int32_t d = 0; d < channels; d += 2 * line) __builtin_prefetch(to + (s + rows_ahead) * full + d, 1);
+          narrow_row(problem.stored, to + s * full, scratch.grad_value + s * channels, channels);
+        }
       }
     }
   }

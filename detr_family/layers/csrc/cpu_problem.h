@@ -5,6 +5,9 @@
 
 namespace detr_family {
 
+// How the value, its gradient and the output lie in memory: as what is computed with, or in 16 bits.
+enum class Stored { same, bfloat16, half };
+
 // T is float or double; everything is contiguous but for `value` and `grad_value`, whose token (b, m, s) begins at
 // b * batch_stride + m * head_stride + s * row_stride.
 template <typename T>
@@ -21,6 +24,11 @@ struct Problem {
   int32_t reference_dims = 0;
   int32_t first_copied = 0;           // from this level on a head gathers from a copy of its own; L for none
   T* output = nullptr;                // B x Q x M*D
+  Stored stored = Stored::same;       // else these three take the place of value, output and grad_value (of T = float),
+                                      // and all levels are copied: copies are of T
+  const uint16_t* narrow_value = nullptr;
+  uint16_t* narrow_output = nullptr;
+  uint16_t* narrow_grad_value = nullptr;
   const T* grad_output = nullptr;     // B x Q x M*D
   T* grad_value = nullptr;            // B x S x M x D; levels before first_copied zeroed by the caller
   T* grad_numbers = nullptr;          // as numbers
