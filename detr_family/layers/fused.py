@@ -43,7 +43,7 @@ def plain_layers() -> Iterator[None]:
 def fused_kernels_apply(x: Tensor) -> bool:
     """Whether this is a step of a training on the CPU in float32, and this torch has the kernels."""
     return (
-        not torch.compiler.is_compiling()
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and torch.is_grad_enabled()
         and x.device.type == "cpu"
         and x.dtype == torch.float32
@@ -213,19 +213,19 @@ def feed_forward(
         (..., D).
     """
     if (
-        type(linear1) is nn.Linear
+        dropout.training  # and this first: a compiler or an exporter shall make no condition of the size
+        and fused_kernels_apply(x)
+        and type(linear1) is nn.Linear
         and type(linear2) is nn.Linear
         and (activation is F.relu or (type(activation) is nn.ReLU and _is_bare(activation)))
         and x.numel() * linear1.out_features >= _LEAST
-        and fused_kernels_apply(x)
         and linear1.weight.dtype == torch.float32
         and _is_bare(linear1, dropout, linear2)
+        and dropout.p < 1
     ):
-        p = dropout.p if dropout.training else 0.0
-        if p < 1:
-            weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias)
-            result: Tensor = _FeedForward.apply(x, *weights, p)
-            return result
+        weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias)
+        result: Tensor = _FeedForward.apply(x, *weights, dropout.p)
+        return result
     result = linear2(dropout(activation(linear1(x))))
     return result
 
