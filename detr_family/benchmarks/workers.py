@@ -62,8 +62,9 @@ def own_memory(process: int) -> int:
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
 
 
-def measure(path: str, workers: int, serialised: bool) -> dict[str, float]:
+def measure(path: str, workers: int, serialised: bool, start: str) -> dict[str, float]:
     """Seconds ("read", CPU time; "first batch") and MiB ("dataset" if serialised, "worker" on average, "most")."""
+    multiprocessing.set_start_method(start, force=True)  # a process that was spawned would spawn
     mapper = DETRDatasetMapper(load_config("detr_r50", ["MODEL.DEVICE", "cpu"]), True)
     started = time.process_time()
     dicts = read_coco_json(path, str(Path(path).parent))
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=118287)
     parser.add_argument("--annotations", type=int, default=860001)
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--start", default="fork", choices=["fork", "spawn"], help="how workers start; Linux forks")
     args = parser.parse_args(arguments)
     if args.workers < 1:
         parser.error("--workers has to be 1 or more")
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for name, serialised in (("serialised", True), ("plain list", False)):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found = pool.submit(measure, str(path), args.workers, serialised).result()
+                found = pool.submit(measure, str(path), args.workers, serialised, args.start).result()
             print(
                 f"{name:12} {found['read']:9.1f} {found['first batch']:15.1f} {found['dataset']:13.0f} "
                 f"{found['worker']:14.0f} {found['most']:7.0f}",
