@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import foreign
 import pytest
 import tiny
 import torch
 from detectron2.config import CfgNode
-from exporting import SIZES, agree, build, exported, in_all_formats
+from detectron2.modeling import build_model
+from exporting import NAMES, SIZES, agree, build, exported, in_all_formats, realistic
+from test_deformable_checkpoints import narrow_cfg
 from test_deformable_detectors import DETECTORS, deformable, known_to_the_suite  # noqa: F401  (a fixture)
 
 from detr_family.commands.export_model import command
+from detr_family.export.exporting import SUFFIX
 from detr_family.inference.exported import ExportedDetector
 
 
@@ -57,6 +61,19 @@ def test_all_formats(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model = build(name)
     for _, path in in_all_formats(model, tmp_path, monkeypatch):
         agree(model, path, SIZES, [1, 3])
+
+
+@pytest.mark.slow
+def test_weights_of_detrex(tmp_path: Path) -> None:
+    cfg = narrow_cfg(refine=True, two_stage=True)
+    cfg.MODEL.DETR.INVERSE_SIGMOID_EPS = 1e-3
+    model = realistic(build_model(cfg))
+    weights = foreign.detrex_file(model, cfg, tmp_path, NAMES)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    output = tmp_path / f"model{SUFFIX['torch_export']}"
+    words = ["--import", "projects.deformable", "--config-file", str(tmp_path / "config.yaml"), "--weights", weights]
+    assert command([*words, "--format", "torch_export", "--output", str(output), "--size", "64", "96"]) == 0
+    agree(model, output, [(64, 96)], [1, 2])
 
 
 @pytest.mark.long
