@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 
 from detr_family.config.defaults import add_detr_family_config
@@ -93,6 +94,7 @@ def check_choices(cfg: CfgNode, own: Sequence[str] = ()) -> None:
     Raises:
         ValueError: one is not.
     """
+    _check_device(cfg.MODEL.DEVICE)
     for key in (*_CHOICES, *_LEAST):
         value = functools.reduce(CfgNode.__getitem__, key.split("."), cfg)
         if key.startswith(tuple(own)):
@@ -103,6 +105,21 @@ def check_choices(cfg: CfgNode, own: Sequence[str] = ()) -> None:
             raise ValueError(f"{key} is {value!r}{meant}; it may be {', '.join(_CHOICES[key])}")
         if key in _LEAST and value < _LEAST[key]:
             raise ValueError(f"{key} is {value}; it must be at least {_LEAST[key]}")
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"MODEL.DEVICE is {name!r}, which torch does not know; it may be 'cuda', 'cuda:0', 'cpu'"
+        ) from None
+    found = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= found:
+        raise ValueError(
+            f"MODEL.DEVICE is {name!r}, and torch finds {found or 'no'} CUDA device{'' if found == 1 else 's'} here: "
+            "set it to 'cpu', or see why with python -m detr_family.collect_env"
+        )
 
 
 def _fits(value: Any, default: Any) -> bool:

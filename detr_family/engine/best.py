@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.checkpoint import Checkpointer
@@ -14,6 +15,9 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import BestCheckpointer, EvalHook, PeriodicCheckpointer
 from detectron2.utils import comm
 
+from detr_family.config.files import similar
+
+_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _logger = logging.getLogger(__name__)
 
 
@@ -104,6 +108,29 @@ class KeepBest(BestCheckpointer):
         """The reverse of `state_dict`."""
         self.best_metric, self.best_iter = state_dict["best_metric"], state_dict["best_iter"]
         self.reference = state_dict["reference"]
+
+
+def check_best_metric(cfg: CfgNode, own: Sequence[str] = ()) -> None:
+    """Whether SOLVER.BEST_METRIC is one that COCO's evaluation gives.
+
+    Args:
+        cfg: a configuration whose types are right.
+        own: beginnings of keys that a Trainer's own methods read: with an evaluator or hooks of its own it may be any.
+
+    Raises:
+        ValueError: it is not; nothing would ever be the best.
+    """
+    metric = rest = cfg.SOLVER.BEST_METRIC
+    if "TEST" in own or "SOLVER.BEST_METRIC" in own:
+        return
+    for beginning in ("ema/", *(f"{name}/" for name in cfg.DATASETS.TEST), "ema/"):
+        rest = rest.removeprefix(beginning)
+    if metric and not re.fullmatch(r"bbox/(AP(50|75|[sml]|@\d+|-.+)?|AR(\d+|[sml]))", rest):
+        near = similar(rest, [f"bbox/{name}" for name in _METRICS])
+        raise ValueError(
+            f"SOLVER.BEST_METRIC is {metric!r}, which no evaluation here gives{near}; it may be "
+            f"{', '.join(f'bbox/{name}' for name in _METRICS)}, or bbox/AP-NAME of a class"
+        )
 
 
 def keeping_hooks(cfg: CfgNode, hooks: list[HookBase], checkpointer: Checkpointer) -> list[HookBase]:

@@ -35,7 +35,7 @@ from detr_family.config.types import check_choices, check_types
 from detr_family.data.dataset_mapper import DETRDatasetMapper, build_test_loader
 from detr_family.data.datasets.coco import check_dataset_names, check_test_sets, register_datasets, training_dicts
 from detr_family.engine.averaging import WeightAverage
-from detr_family.engine.best import EarlyStop, KeepBest, keeping_hooks, remember_checkpoints
+from detr_family.engine.best import EarlyStop, KeepBest, check_best_metric, keeping_hooks, remember_checkpoints
 from detr_family.engine.instability import build_instability_hook
 from detr_family.engine.interruption import (
     STATUS,
@@ -65,6 +65,7 @@ _logger = logging.getLogger(__name__)
 _READERS = {
     "SOLVER.LR_SCHEDULER_NAME": "build_lr_scheduler",
     "SOLVER.WARMUP": "build_lr_scheduler",
+    "SOLVER.BEST_METRIC": "build_hooks",
     "SOLVER": "build_optimizer",
     "INPUT": "build_train_loader",
     "DATALOADER": "build_train_loader",
@@ -102,6 +103,7 @@ class Trainer(DefaultTrainer):
         check_registered(cfg)
         own = [group for group, method in _READERS.items() if self._overrides(method)]
         check_choices(cfg, own)
+        check_best_metric(cfg, own)
         warn_of_ignored(cfg, own)
         check_dataset_names(cfg)
         check_loggers(cfg)
@@ -184,11 +186,10 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's; the average moves before it is saved, and is evaluated whenever the weights are."""
         hooks: list[HookBase] = super().build_hooks()
-        average = self.average
         saving = [i for i, hook in enumerate(hooks) if isinstance(hook, (PeriodicCheckpointer, EvalHook))]
         hooks.insert(saving[0] if saving else len(hooks), CallbackHook(after_step=Trainer._settle))
-        if average is not None:
-            hooks.insert(1, CallbackHook(after_step=lambda trainer: average.update()))
+        if self.average is not None:
+            hooks.insert(1, CallbackHook(after_step=lambda trainer: trainer.average.update()))
             after_evaluation = 1 + max(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
             hooks.insert(after_evaluation, EvalHook(self.cfg.TEST.EVAL_PERIOD, self.test_average))
         after_evaluation = 1 + max((i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook)), default=-1)

@@ -44,6 +44,10 @@ def with_value(cfg: CfgNode, key: str, value: Any) -> CfgNode:
         ("INPUT.FORMAT", "rgb", r"'rgb' \(did you mean 'RGB'\?\); it may be RGB"),
         ("DATALOADER.SAMPLER_TRAIN", "Training", "'Training'; similar: TrainingSampler.*it may be"),
         ("SOLVER.LR_SCHEDULER_NAME", "StepLR", "'StepLR'; it may be"),
+        ("SOLVER.BEST_METRIC", "AP", "'AP', which no evaluation here gives; it may be bbox.AP, .*AP-NAME of a class"),
+        ("SOLVER.BEST_METRIC", "val/bbox/AP", "'val/bbox/AP', which no evaluation"),
+        ("MODEL.DEVICE", "gpu", "'gpu', which torch does not know"),
+        ("MODEL.DEVICE", "cuda:99", r"'cuda:99', and torch finds (no|\d+) CUDA devices? here: set it to 'cpu'"),
     ],
 )
 def test_a_trainer_refuses_it_in_one_line(key: str, value: Any, message: str, tmp_path: Path) -> None:

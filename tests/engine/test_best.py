@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from engine_runs import StopAfter, assert_bit_equal, everything, run_cfg, train, weights_of
 
 from detr_family.engine import Trainer
-from detr_family.engine.best import KeepBest
+from detr_family.engine.best import KeepBest, check_best_metric
 from detr_family.engine.processes import run_and_leave
 from detr_family.engine.watch import RunWriter
 
@@ -168,6 +168,18 @@ def test_the_metric_of_one_of_several_test_sets(tmp_path: Path) -> None:
         cfg.SOLVER.BEST_METRIC = metric
         found[metric] = KeepBest(cfg, None)._val_metric
     assert list(found.values()) == ["cells/bbox/AP50", "mice/bbox/AP", "ema/cells/bbox/AP", "ema/mice/bbox/AP"]
+
+
+def test_a_metric_is_one_that_there_will_be(tmp_path: Path) -> None:
+    cfg = cfg_of(tmp_path, "run")
+    cfg.DATASETS.TEST = ("cells", "mice")
+    for metric in ("", "bbox/APs", "ema/mice/bbox/AP-red cell", "mice/ema/bbox/AR100", "bbox/AP@300"):
+        cfg.SOLVER.BEST_METRIC = metric
+        check_best_metric(cfg)
+    cfg.SOLVER.BEST_METRIC = "loss/val"
+    check_best_metric(cfg, ["SOLVER.BEST_METRIC"])
+    with pytest.raises(ValueError, match="which no evaluation here gives"):
+        check_best_metric(cfg, ["INPUT"])
 
 
 @pytest.mark.parametrize(
