@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -76,6 +77,11 @@ def explanation(error: BaseException, folder: str) -> UserError | None:
             f"the data worker with process id {worker['pids']} {worker['what'].rstrip(' .')}. Where the system killed "
             "it for want of memory: lower DATALOADER.NUM_WORKERS. --resume goes on"
         )
+    if isinstance(error, (ConnectionError, FileNotFoundError, EOFError)) and _in_worker_s_hand(error):
+        return WorkerLostError(
+            f"a data worker has ended while it handed a batch over ({text or 'end of file'}). Where the system killed "
+            "it for want of memory: lower DATALOADER.NUM_WORKERS. --resume goes on"
+        )
     if isinstance(error, RuntimeError) and _CONNECTION.search(text):
         last = text.strip().splitlines()[0]
         return ProcessLostError(
@@ -94,6 +100,12 @@ def explanation(error: BaseException, folder: str) -> UserError | None:
     return None
 
 
+def _in_worker_s_hand(error: BaseException) -> bool:
+    """Whether the error came while a tensor was taken over from another process of this machine."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(os.path.basename(frame.filename) == "resource_sharer.py" for frame in frames)
+
+
 def _in_folder(name: object, folder: str) -> bool:
     """Whether an error's file lies in a folder; the writing to an open file names none."""
     if not isinstance(name, (str, os.PathLike)):
@@ -109,7 +121,7 @@ def explained(folder: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, RuntimeError) as error:
+    except (OSError, EOFError, RuntimeError) as error:
         told = explanation(error, folder)
         if told is None:
             raise

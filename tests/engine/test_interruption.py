@@ -6,6 +6,7 @@ import errno
 import signal
 import threading
 import time
+from multiprocessing import connection, resource_sharer
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from detectron2.utils import comm
 from torch.distributed import distributed_c10d
 
 from detr_family.engine import interruption
-from detr_family.engine.interruption import StorageError, explanation, leave_with_main
+from detr_family.engine.interruption import StorageError, WorkerLostError, explained, explanation, leave_with_main
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
@@ -54,3 +55,18 @@ def test_the_others_end_once_the_main_process_has_saved(monkeypatch: pytest.Monk
         assert seconds_of(main=False) >= 0.25, "it has nothing to wait for any more"
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "no")])
+def test_a_worker_that_ends_while_it_hands_a_batch_over(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise type(error)(*error.args)
+
+    monkeypatch.setattr(connection, "Client", fail)
+    remedy = r"while it handed a batch over .*lower DATALOADER.NUM_WORKERS"
+    with pytest.raises(WorkerLostError, match=remedy), explained(str(tmp_path)):
+        resource_sharer._resource_sharer.get_connection(("nowhere", 1))
+    with pytest.raises(type(error)), explained(str(tmp_path)):
+        fail()
