@@ -77,7 +77,7 @@ def explanation(error: BaseException, folder: str) -> UserError | None:
             f"the data worker with process id {worker['pids']} {worker['what'].rstrip(' .')}. Where the system killed "
             "it for want of memory: lower DATALOADER.NUM_WORKERS. --resume goes on"
         )
-    if isinstance(error, (ConnectionError, FileNotFoundError, EOFError)) and _in_worker_s_hand(error):
+    if isinstance(error, (ConnectionError, FileNotFoundError, EOFError)) and _handed_over(error):
         return WorkerLostError(
             f"a data worker has ended while it handed a batch over ({text or 'end of file'}). Where the system killed "
             "it for want of memory: lower DATALOADER.NUM_WORKERS. --resume goes on"
@@ -100,7 +100,7 @@ def explanation(error: BaseException, folder: str) -> UserError | None:
     return None
 
 
-def _in_worker_s_hand(error: BaseException) -> bool:
+def _handed_over(error: BaseException) -> bool:
     """Whether the error came while a tensor was taken over from another process of this machine."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(os.path.basename(frame.filename) == "resource_sharer.py" for frame in frames)

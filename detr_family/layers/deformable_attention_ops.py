@@ -207,13 +207,8 @@ def implement_missing(forward: Callable[..., Tensor], fused_forward: Callable[..
     """Forwards in plain torch for devices without a library: exported programs call the operators themselves."""
     for kind in LIBRARIES:
         if _loaded[kind][0] is None:
-            implement(kind.upper(), forward, fused_forward)
-
-
-def implement(key: str, forward: Callable[..., Tensor], fused_forward: Callable[..., Tensor]) -> None:
-    """Registers both forwards for a dispatch key."""
-    _library.impl("ms_deform_attn_forward", forward, key)
-    _library.impl("ms_deform_attn_fused_forward", fused_forward, key)
+            _library.impl("ms_deform_attn_forward", forward, kind.upper())
+            _library.impl("ms_deform_attn_fused_forward", fused_forward, kind.upper())
 
 
 # ------------------------------------------------------------------------------------- shapes, without data

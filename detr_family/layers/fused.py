@@ -54,9 +54,11 @@ def fused_kernels_apply(x: Tensor) -> bool:
     )
 
 
-def _is_bare(*modules: nn.Module) -> bool:
+def is_bare(*modules: nn.Module) -> bool:
     """Whether nobody wants to be called when these modules are."""
-    return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+    )
 
 
 class FoldedConv(NamedTuple):
@@ -217,10 +219,10 @@ def feed_forward(
         and fused_kernels_apply(x)
         and type(linear1) is nn.Linear
         and type(linear2) is nn.Linear
-        and (activation is F.relu or (type(activation) is nn.ReLU and _is_bare(activation)))
+        and (activation is F.relu or (type(activation) is nn.ReLU and is_bare(activation)))
         and x.numel() * linear1.out_features >= _LEAST
         and linear1.weight.dtype == torch.float32
-        and _is_bare(linear1, dropout, linear2)
+        and is_bare(linear1, dropout, linear2)
         and dropout.p < 1
     ):
         weights = (linear1.weight, linear1.bias, linear2.weight, linear2.bias)

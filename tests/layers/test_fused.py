@@ -109,8 +109,11 @@ def test_blocks_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         compute(module, x, True)
     compute(module.double(), x.double(), True)
-    module[0].conv1.register_forward_hook(lambda *_: None)
+    hook = module[0].conv1.register_forward_hook(lambda *_: None)
     compute(module.float(), x, True)
+    hook.remove()
+    module[0].conv1.norm.register_forward_pre_hook(lambda *_: None)
+    compute(module, x, True)
     assert len(calls) == 2
 
 
@@ -162,6 +165,9 @@ def test_feed_forward_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     compute(Network(0.1, nn.PReLU()), x, True)
     with torch.autocast("cpu", torch.bfloat16):
         compute(network, x, True)
-    network.linear1.register_forward_hook(lambda *_: None)
+    hook = network.linear1.register_forward_hook(lambda *_: None)
+    compute(network, x, True)
+    hook.remove()
+    network.linear2.register_full_backward_pre_hook(lambda *_: None)
     compute(network, x, True)
     assert not calls

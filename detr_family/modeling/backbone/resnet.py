@@ -13,7 +13,7 @@ from detectron2.modeling.backbone import Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 
-from detr_family.layers.fused import FoldedConv, fused_kernels_apply, residual_block
+from detr_family.layers.fused import FoldedConv, fused_kernels_apply, is_bare, residual_block
 
 
 @BACKBONE_REGISTRY.register()
@@ -52,7 +52,7 @@ def _folded(*convs: Any) -> list[FoldedConv] | None:
         and conv.activation is None
         and conv.padding_mode == "zeros"
         and conv.weight.dtype == torch.float32
-        and not (conv._forward_hooks or conv._forward_pre_hooks or conv.norm._forward_hooks)
+        and is_bare(conv, conv.norm)
         for conv in convs
     ):
         return None
