@@ -175,7 +175,7 @@ def fastest(
         try:
             opened.append(ExportedDetector(path, threads=threads, stretch=stretch))
         except UserError as error:
-            reasons.append(str(error))
+            reasons.append(str(error) if os.fspath(path) in str(error) else f"{path}: {error}")
     if not opened:
         raise UserError("; ".join(reasons) or "no exported file was given")
     for other in opened[1:]:
