@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ from torch.distributed import distributed_c10d
 
 from detr_family.errors import UserError
 
+SIGNAL = 1  # seconds in which a data worker's end is told by the system after the connection to it is lost
 GRACE = 60  # seconds after SIGTERM in which a process has to be where Python can answer it
 _SAVED = "detr_family/saved"  # in the processes' store: the main one has
 STATUS = 128 + signal.SIGTERM  # as shells give it
@@ -114,6 +116,20 @@ def _in_folder(name: object, folder: str) -> bool:
     return path == parent or path.startswith(os.path.join(parent, ""))
 
 
+def _undisturbed(error: BaseException, folder: str) -> UserError | None:
+    """`explanation`, waiting for the signal of a worker's end, which torch turns into an exception wherever it comes.
+
+    It can come after the connection to the worker is lost, and would else cut into the checkpoint that follows.
+    """
+    try:
+        told = explanation(error, folder)
+        if isinstance(told, WorkerLostError):
+            time.sleep(SIGNAL)
+        return told
+    except RuntimeError as news:
+        return _undisturbed(news, folder)
+
+
 @contextmanager
 def explained(folder: str) -> Iterator[None]:
     """Errors that come from outside of the program become one line each, see `explanation`."""
@@ -122,7 +138,7 @@ def explained(folder: str) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, EOFError, RuntimeError) as error:
-        told = explanation(error, folder)
+        told = _undisturbed(error, folder)
         if told is None:
             raise
         raise told from error

@@ -44,6 +44,7 @@ from detr_family.engine.interruption import (
     ProcessLostError,
     StorageError,
     explained,
+    explanation,
     in_flight,
     leave_with_main,
 )
@@ -224,6 +225,7 @@ class Trainer(DefaultTrainer):
     def after_train(self) -> None:
         """The hooks'; of a run that ends before its time what has to be, the checkpoint first."""
         error = in_flight(self._outer)
+        error = error and (explanation(error, self.cfg.OUTPUT_DIR) or error)
         if not isinstance(error, (Interrupted, ProcessLostError, StorageError, CheckpointError)):
             with explained(self.cfg.OUTPUT_DIR):
                 super().after_train()
@@ -299,7 +301,8 @@ class Trainer(DefaultTrainer):
         try:
             with self._listener.listening():
                 try:
-                    results = super().train()
+                    with explained(self.cfg.OUTPUT_DIR):  # what comes between the parts below, as signals can
+                        results = super().train()
                 except EarlyStop:
                     results = getattr(self, "_last_eval_results", None)
                 if self.cfg.DATASETS.FINAL_TEST:

@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d
 
 from detr_family.engine import interruption
 from detr_family.engine.interruption import StorageError, WorkerLostError, explained, explanation, leave_with_main
+from detr_family.errors import UserError
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
@@ -70,3 +71,32 @@ def test_a_worker_that_ends_while_it_hands_a_batch_over(
         resource_sharer._resource_sharer.get_connection(("nowhere", 1))
     with pytest.raises(type(error)), explained(str(tmp_path)):
         fail()
+
+
+def test_the_end_of_a_worker_is_told_once_also_where_its_signal_comes_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises from the handler of SIGCHLD: first in the middle of the telling, then in the wait after it."""
+    told = interruption.explanation
+    calls = []
+
+    def disturbed(error: BaseException, folder: str) -> UserError | None:
+        calls.append(error)
+        if len(calls) == 1:
+            raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
+        if len(calls) == 2:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        return told(error, folder)
+
+    def second(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 34) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(interruption, "explanation", disturbed)
+    monkeypatch.setattr(interruption, "SIGNAL", 0.5)
+    before = signal.signal(signal.SIGALRM, second)
+    try:
+        with pytest.raises(WorkerLostError, match="process id 34 is killed"), explained(str(tmp_path)):
+            raise ConnectionResetError(104, "reset")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert len(calls) == 3
