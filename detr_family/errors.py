@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from opcode import opmap
+from pathlib import Path
 from typing import Any
 
 
@@ -59,6 +60,27 @@ def message_of(error: UserError) -> str:
     if text.startswith("Caught ") and "\nOriginal Traceback" in text:  # torch's, for an error in another process
         text = text.rstrip().rsplit(f"{type(error).__qualname__}: ", 1)[-1]
     return text
+
+
+def check_output(path: str | os.PathLike[str], option: str, *, folder: bool) -> None:
+    """Whether something can be written there, before the work whose result it is.
+
+    Args:
+        path: of a folder, or of a file.
+        option: how the user gives it.
+        folder: which of the two.
+
+    Raises:
+        ValueError: what is there is the other, or a part of the path is a file.
+    """
+    path = Path(path)
+    if folder and path.is_file():
+        raise ValueError(f"{option} {path} is a file: give a folder, which need not be there")
+    if not folder and path.is_dir():
+        raise ValueError(f"{option} {path} is a folder: give the file to write")
+    for above in path.parents:
+        if above.is_file():
+            raise ValueError(f"{option} {path} cannot be made: {above} is a file, no folder")
 
 
 def require(module: str, extra: str) -> Any:

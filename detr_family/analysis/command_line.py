@@ -14,6 +14,7 @@ from detr_family.analysis.loading import datasets_for_now
 from detr_family.analysis.style import house_style
 from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
+from detr_family.errors import check_output
 
 # The module of each has add_arguments(parser), run(args) -> files written, and a docstring that says what it is.
 COMMANDS = (
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     args = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
+        check_output(args.output, "--output", folder=True)
         with house_style(), datasets_for_now(), tempfile.TemporaryDirectory() as folder:
             if getattr(args, "data", None):  # what is read anew of it goes into OUTPUT_DIR
                 args.opts = ["DATASETS.FOLDER", args.data, "OUTPUT_DIR", folder, *args.opts]

@@ -205,6 +205,11 @@ class DETRCheckpointer(DetectionCheckpointer):
             raise FileNotFoundError(
                 f"{path} cannot be fetched ({error}): put the file on this machine and name it in MODEL.WEIGHTS"
             ) from error
+        if os.path.isdir(local):
+            known = (".pth", ".pt", ".pkl", ".safetensors", ".bin")
+            inside = [name for name in sorted(os.listdir(local)) if name.endswith(known)]
+            such = f"the file in it, {' or '.join(inside[-3:])}" if inside else "the file; none in it is a checkpoint"
+            raise FileNotFoundError(f"{path!r} is a folder: name in MODEL.WEIGHTS {such}")
         if not os.path.isfile(local):
             raise FileNotFoundError(f"there is no checkpoint {path!r}: correct MODEL.WEIGHTS")
 

@@ -18,8 +18,10 @@ from detr_family.config import load_config
 from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
+from detr_family.errors import check_output
 
 FORMATS = ("pth", "safetensors", "transformers")
+_OTHERS = (".pt", ".bin", ".ckpt", ".pkl", ".onnx", ".pt2", ".xml")  # no folders by these names are meant
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +53,12 @@ def convert(args: argparse.Namespace) -> str:
         OSError: something cannot be read or written.
     """
     kind = args.format or (args.output.suffix[1:] if args.output.suffix[1:] in FORMATS else "transformers")
+    if args.format is None and args.output.suffix in _OTHERS:
+        raise ValueError(
+            f"--output {args.output}: {args.output.suffix} is none of this command's formats. It writes "
+            f"{', '.join(FORMATS)}, which --format may say; ONNX and others come from tools/export_model.py"
+        )
+    check_output(args.output, "--output", folder=kind == "transformers")
     cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
     register_datasets(cfg)
     weights = args.weights or cfg.MODEL.WEIGHTS

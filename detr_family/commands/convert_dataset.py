@@ -12,6 +12,7 @@ from typing import Any
 from detr_family.data.datasets.folder import FORMATS, free_name, read_folder, with_validation, write_split
 from detr_family.data.datasets.labelled import FolderDataset, Split
 from detr_family.data.tiling import TiledForm, tiled_split
+from detr_family.errors import check_output
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,6 +76,7 @@ def command(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit status."""
     try:
+        check_output(args.output, "--output", folder=True)
         read = read_folder(args.folder, args.format)
         if args.val_share:
             read = with_validation(read, args.val_share, args.val_seed)

@@ -32,6 +32,7 @@ from detr_family.data.dataset_mapper import DETRDatasetMapper
 from detr_family.data.datasets.coco import check_class_names, register_datasets
 from detr_family.data.datasets.folder import apply_folder
 from detr_family.data.images import to_rgb
+from detr_family.errors import check_output
 from detr_family.visualization.draw import contact_sheet, draw_boxes
 
 EXIT_STATUS = {"note": 0, "warning": 1, "error": 2}
@@ -230,9 +231,22 @@ def run(args: argparse.Namespace) -> int:
         return _run(args, folder)
 
 
+def _check_arguments(args: argparse.Namespace) -> None:
+    """What the sheet and the report would fail of after the check, or be wrong."""
+    if args.count < 1 or args.seed < 0 or args.workers < 0:
+        raise ValueError(f"--count {args.count}, --seed {args.seed}, --workers {args.workers}: 1, 0 and 0 at least")
+    if args.json and args.json != "-":
+        check_output(args.json, "--json", folder=False)
+    if args.sheet:
+        check_output(args.sheet, "--sheet", folder=False)
+        if Image.registered_extensions().get(args.sheet.suffix.lower()) not in Image.SAVE:
+            raise ValueError(f"--sheet {args.sheet} does not end as an image does: give .png")
+
+
 def _run(args: argparse.Namespace, folder: str) -> int:
     """`run`; a folder's annotations are written into `folder` where training writes them into OUTPUT_DIR."""
     try:
+        _check_arguments(args)
         cfg = config_of(args)
         if cfg.DATASETS.FOLDER:
             cfg.OUTPUT_DIR = folder

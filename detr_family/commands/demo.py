@@ -24,7 +24,7 @@ from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
 from detr_family.engine.processes import launch, meeting, under_torchrun
-from detr_family.errors import UserError
+from detr_family.errors import UserError, check_output
 from detr_family.inference.exported import is_exported
 from detr_family.inference.predictor import ImageSource, Predictor
 from detr_family.inference.work import find_work
@@ -314,6 +314,7 @@ def say_what_failed(failed: Sequence[tuple[str, str]]) -> None:
 def _run(args: argparse.Namespace, progress: bool) -> Results:
     if not 0 <= args.confidence_threshold <= 1:
         raise ValueError(f"--confidence-threshold is {args.confidence_threshold}; scores lie between 0 and 1")
+    check_output(args.output, "--output", folder=True)
     work = find_work(args.input, below=False)
     images = [Path(item.path) for item in work.images]
     videos = [Path(name) for name in work.videos]

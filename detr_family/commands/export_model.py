@@ -13,11 +13,11 @@ import torch
 from detr_family.config import load_config
 from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
-from detr_family.data.datasets.coco import register_datasets
+from detr_family.data.datasets.coco import check_test_sets, register_datasets
 from detr_family.data.datasets.tree import Tree
 from detr_family.data.images import read_image
 from detr_family.engine import Trainer
-from detr_family.errors import UserError, mistakes
+from detr_family.errors import UserError, check_output, mistakes
 from detr_family.export.exporting import PRECISIONS, SUFFIX, export_model
 from detr_family.inference.exported import ExportedDetector
 from detr_family.inference.predictor import Predictor
@@ -86,12 +86,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> tuple[Predictor, Any, Path]:
     output = args.output or Path("output") / f"model{SUFFIX[args.format]}"
+    check_output(output, "--output", folder=False)
     cfg = load_config(args.config_file, args.opts)
     register_datasets(cfg)
     if args.precision == "int8" and args.data is None:
         raise UserError("--precision int8 needs images like those that it will see, to calibrate on: --data DIR")
     if args.tensorrt_plugin and args.evaluate:
         raise UserError("--evaluate needs a file that runs here: only TensorRT runs that of --tensorrt-plugin")
+    if args.evaluate:  # before the export, which takes minutes
+        if not cfg.DATASETS.TEST:
+            raise UserError("--evaluate needs a dataset: name one in DATASETS.TEST")
+        check_test_sets(cfg)
     calibration = calibration_images(args.data) if args.precision == "int8" else []
     images = [torch.from_numpy(read_image(name, "RGB").copy()).permute(2, 0, 1) for name in args.images]
     predictor = Predictor.from_config(cfg, args.weights, optimize=False)

@@ -24,7 +24,7 @@ from detr_family.config.options import OptionsParser
 from detr_family.config.projects import add_import
 from detr_family.data.datasets.coco import register_datasets
 from detr_family.engine.processes import launch, meeting, under_torchrun
-from detr_family.errors import UserError, mistakes, require
+from detr_family.errors import UserError, check_output, mistakes, require
 from detr_family.inference import journal
 from detr_family.inference.exported import is_exported
 from detr_family.inference.many import predict_many
@@ -111,6 +111,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--num-processes is {args.num_processes}, and there are {torch.cuda.device_count()} GPUs: each has one"
         )
+    check_output(args.output, "--output", folder=True)
     share_of(args.shard)
     if args.num_processes > 1 and under_torchrun():
         raise ValueError("torchrun starts the processes (--nproc-per-node): leave out --num-processes")

@@ -22,7 +22,7 @@ from detr_family.engine import Trainer
 from detr_family.engine.occupation import occupy
 from detr_family.engine.processes import argument_parser, launch
 from detr_family.engine.randomness import run_seed
-from detr_family.errors import mistakes
+from detr_family.errors import check_output, mistakes
 from detr_family.inference.exported import ExportedDetector, is_exported
 
 _EXAMPLES = """Examples: detr-family train --config-file dn_detr_r50 --num-gpus 8
@@ -35,6 +35,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args.config_file = find_config(args.config_file)  # Detectron2 writes the file into the log
     cfg = load_config(args.config_file, args.opts)
     cfg.DATASETS.FOLDER = args.data or cfg.DATASETS.FOLDER
+    if "://" not in cfg.OUTPUT_DIR:
+        check_output(cfg.OUTPUT_DIR, "OUTPUT_DIR", folder=True)
     if not args.eval_only:
         occupy(cfg.OUTPUT_DIR)  # before anything is written there
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_family")

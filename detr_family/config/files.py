@@ -62,6 +62,10 @@ def find_config(name: str | os.PathLike[str]) -> str:
             path = folder / f"{plain_name(name)}.yaml"
             if path.is_file():
                 return str(path)
+    if os.path.isdir(name):
+        inside = sorted(str(path) for path in Path(name).glob("*.y*ml"))
+        such = f", for instance {inside[0]}" if inside else "; there is none in it"
+        raise FileNotFoundError(f"{name!r} is a folder: give the config file{such}")
     beside = [str(path) for path in Path(name).parent.glob("*.y*ml")]
     hint = similar(name, beside) or similar(plain_name(Path(name).name), config_names())
     raise FileNotFoundError(
@@ -71,5 +75,6 @@ def find_config(name: str | os.PathLike[str]) -> str:
 
 def similar(wrong: str, known: Iterable[str]) -> str:
     """A hint for the end of a message, or nothing."""
-    close = difflib.get_close_matches(wrong, list(known), n=3)
+    names = {name.lower(): name for name in known}
+    close = [names[name] for name in difflib.get_close_matches(wrong.lower(), list(names), n=3)]
     return f"; similar: {', '.join(close)}" if close else ""

@@ -16,6 +16,7 @@ from yaml import YAMLError
 from detr_family.config.batch import images_per_forward
 from detr_family.config.defaults import add_detr_family_config
 from detr_family.config.files import find_config, similar
+from detr_family.config.types import check_given
 
 # What yacs says of a text in the place of a tuple or list.
 _MISMATCH = re.compile(
@@ -48,7 +49,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         if len(opts) % 2:
             raise ValueError(f"{opts[-1]!r} on the command line has no value: give KEY VALUE pairs")
         for key, value in zip(opts[::2], opts[1::2], strict=True):
-            cfg.merge_from_list([key, _as_float(cfg, key, value)])
+            cfg.merge_from_list([key, _as_wanted(cfg, key, value)])
     except (KeyError, AssertionError) as error:  # yacs says which key, and asserts on those of opts
         text = str(error.args[0]) if error.args else str(error)
         wrong = text.rsplit(": ", 1)[-1] if "key" in text.lower() else text
@@ -60,10 +61,17 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         if single is None:
             raise ValueError(" ".join(str(error).split())) from error
         value = single["value"] if len(single["value"]) < 200 else f"{single['value'][:200]} ..."
+        if value[:1] in ("(", "["):
+            names = ", ".join(repr(name.strip(" '\"")) for name in value.strip("()[] ").split(",") if name.strip())
+            raise ValueError(
+                f"{single['key']} is {value!r}, which is read as one text: names stand between quotation marks, and on "
+                f'a command line the whole between others: "({names},)"'
+            ) from error
         raise ValueError(
             f"{single['key']} is {value!r}, one text, and must be a tuple, which for one of it needs a comma: "
             f"('{value}',)"
         ) from error
+    check_given(cfg)
     check_registered(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No CUDA device is to be had: MODEL.DEVICE is cpu.")
@@ -91,11 +99,15 @@ def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _as_float(cfg: CfgNode, key: str, value: str) -> str:
-    """`value`, with a decimal point where the key is a float and the value a whole number."""
+def _as_wanted(cfg: CfgNode, key: str, value: str) -> str:
+    """`value` as yacs takes it: with a decimal point where the key is a float, true and false in Python's writing."""
     node = cfg
     for part in key.split("."):
         node = node.get(part) if isinstance(node, CfgNode) else None
+    if isinstance(node, CfgNode):
+        raise ValueError(f"{key} is a group and takes no value ({value!r}); its keys: {', '.join(sorted(node))}")
+    if isinstance(node, bool) and value.lower() in ("true", "false"):  # as files have them
+        return value.capitalize()
     return f"{value}.0" if isinstance(node, float) and value.lstrip("+-").isdigit() else value
 
 

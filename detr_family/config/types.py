@@ -77,11 +77,22 @@ def check_types(cfg: CfgNode, *groups: str) -> None:
     for key, default in _defaults().items():
         if not key.startswith(groups or _OF_MODEL + _OTHERS):
             continue
-        node: Any = cfg
-        for name in key.split("."):
-            node = node.get(name, default) if isinstance(node, CfgNode) else default
+        node = _value(cfg, key, default)
         if not _fits(node, default) and not (key in _ALSO and _fits(node, _ALSO[key])):
             raise ValueError(f"{key} is {_said(node, default)}")
+
+
+def check_given(cfg: CfgNode) -> None:
+    """Whether every key has a value: files with nothing behind a key, null, and None on a command line pass yacs.
+
+    Raises:
+        ValueError: one has none.
+    """
+    for key, default in _defaults().items():
+        if default is not None and _value(cfg, key, default) is None:
+            form = repr(type(default)()) if isinstance(default, (str, tuple, list)) else repr(default)
+            what = "for none" if isinstance(default, (str, tuple, list)) else "the default"
+            raise ValueError(f"{key} has no value (None, or nothing behind it in a file): give one; {form} is {what}")
 
 
 def check_choices(cfg: CfgNode, own: Sequence[str] = ()) -> None:
@@ -105,6 +116,14 @@ def check_choices(cfg: CfgNode, own: Sequence[str] = ()) -> None:
             raise ValueError(f"{key} is {value!r}{meant}; it may be {', '.join(_CHOICES[key])}")
         if key in _LEAST and value < _LEAST[key]:
             raise ValueError(f"{key} is {value}; it must be at least {_LEAST[key]}")
+
+
+def _value(cfg: CfgNode, key: str, default: Any) -> Any:
+    """The value of a key; `default` where a configuration does not have it."""
+    node: Any = cfg
+    for name in key.split("."):
+        node = node.get(name, default) if isinstance(node, CfgNode) else default
+    return node
 
 
 def _check_device(name: str) -> None:

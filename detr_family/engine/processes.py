@@ -65,8 +65,11 @@ def launch(
 
     Raises:
         SystemExit: after a `UserError`; both torchrun and the command line ask for several processes; or torchrun for
-            more processes on this machine than it has GPUs.
+            more processes on this machine than it has GPUs; or counts that cannot be.
     """
+    wrong = _wrong_counts(args)
+    if wrong:
+        _leave(wrong)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     logging.raiseExceptions = False  # a log file that cannot be written to, as on a full disk, is no news
     with tempfile.TemporaryDirectory() as folder:
@@ -90,6 +93,23 @@ def launch(
             _leave(message_of(error))
         except ProcessException as error:  # of the process that ended first, maybe because another one did
             _leave_several(error, sorted(Path(folder).iterdir()), going_on)
+
+
+def _wrong_counts(args: argparse.Namespace) -> str:
+    """What cannot be of the launcher's arguments, where Detectron2 would assert, wait for processes, or start one."""
+    if args.num_gpus < 0 or args.num_machines < 1:
+        return f"--num-gpus is {args.num_gpus} and --num-machines {args.num_machines}: 0 and 1 at least"
+    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
+        return f"--num-gpus is {args.num_gpus}, and torch finds {torch.cuda.device_count()} on this machine"
+    if args.num_machines > 1 and not under_torchrun():
+        if not 0 <= args.machine_rank < args.num_machines:
+            return (
+                f"--machine-rank is {args.machine_rank}; of {args.num_machines} machines (--num-machines) each has "
+                f"its own, 0 to {args.num_machines - 1}"
+            )
+        if args.dist_url == "auto":
+            return "--dist-url auto is for one machine: give tcp://HOST:PORT of the machine of rank 0"
+    return ""
 
 
 def under_torchrun() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,9 @@ def find_work(inputs: Sequence[str], image_root: str | None = None, *, below: bo
         elif not path.is_file():
             found = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
             if not found:
-                raise ValueError(f"{given!r} is no file or folder, and as a pattern it matches no file")
+                key = re.fullmatch(r"[A-Z]+[A-Z_]*(\.[A-Z0-9_]+)+", given)
+                hint = ": it reads as a key, and KEY VALUE pairs follow --opts" if key else ""
+                raise ValueError(f"{given!r} is no file or folder, and as a pattern it matches no file{hint}")
             _add_files(work, seen, given, map(Path, found))
         elif path.suffix.lower() == ".json":
             _add_coco(work, seen, path, image_root)

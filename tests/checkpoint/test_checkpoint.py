@@ -233,3 +233,12 @@ def test_learned_encoding_of_a_release_loads(tmp_path: Path) -> None:
     torch.save({"model": state}, tmp_path / "release.pth")
     DETRCheckpointer(model).load(str(tmp_path / "release.pth"))
     assert torch.equal(model.position_encoding.row_embed.weight, state["backbone.1.row_embed.weight"])
+
+
+def test_a_folder_in_place_of_the_checkpoint_in_it_is_told(tmp_path: Path) -> None:
+    model = tiny.build("DETR")
+    with pytest.raises(FileNotFoundError, match=r"is a folder: .* none in it is a checkpoint"):
+        DETRCheckpointer(model).load(str(tmp_path))
+    torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
+    with pytest.raises(FileNotFoundError, match=r"is a folder: .*the file in it, model_final\.pth"):
+        DETRCheckpointer(model).load(str(tmp_path))

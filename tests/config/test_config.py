@@ -47,6 +47,10 @@ def test_recipe_of_detr() -> None:
         (["MODEL.DTER.DROPOUT", "0.1"], "similar: MODEL.DETR.DROPOUT"),
         (["MODEL.DETR.NUM_QUERIES", "many"], "MODEL.DETR.NUM_QUERIES"),
         (["MODEL.DETR.NUM_QUERIES"], "has no value"),
+        (["model.detr.num_queries", "5"], "similar: MODEL.DETR.NUM_QUERIES"),
+        (["MODEL.DETR", "5"], "MODEL.DETR is a group and takes no value ('5'); its keys: AUX_LOSS"),
+        (["MODEL.WEIGHTS", "None"], "MODEL.WEIGHTS has no value (None, or nothing behind it in a file): give one; ''"),
+        (["DATASETS.TEST", "(a,b)"], "names stand between quotation marks"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(opts: list[str], message: str) -> None:
@@ -60,6 +64,20 @@ def test_mistakes_in_a_file_are_named(tmp_path: Path) -> None:
     path.write_text("MODEL: {DETR: {NUM_QUERY: 3}}\n")
     with pytest.raises(ValueError, match=r"MODEL\.DETR\.NUM_QUERY; similar: MODEL\.DETR\.NUM_QUERIES"):
         load_config(str(path))
+
+
+def test_a_key_with_nothing_behind_it_and_a_folder_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("SOLVER:\n  BASE_LR:\n")
+    with pytest.raises(ValueError, match=r"SOLVER\.BASE_LR has no value"):
+        load_config(str(path))
+    with pytest.raises(FileNotFoundError, match=r"is a folder: give the config file, for instance .*mine\.yaml"):
+        load_config(str(tmp_path))
+
+
+def test_true_and_false_are_written_as_in_files_too() -> None:
+    assert load_config("", ["TEST.EMA", "true"]).TEST.EMA is True
+    assert load_config("", ["MODEL.DETR.AUX_LOSS", "FALSE"]).MODEL.DETR.AUX_LOSS is False
 
 
 def test_a_whole_number_is_a_float_where_one_is_needed() -> None:

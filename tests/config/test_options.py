@@ -66,6 +66,12 @@ def test_the_other_commands_too(parser: Parser, flags: list[str], expected: dict
         (["OUTPUT_DIR", "--resume"], "OUTPUT_DIR has no value before --resume"),
         (["--nonsense", "OUTPUT_DIR", "out"], "unrecognized arguments: --nonsense"),
         (["OUTPUT_DIR", "out", "--num-gpus"], "--num-gpus: expected 1 argument"),
+        (["--config_file", "x", "SEED", "1"], "unrecognized arguments: --config_file; similar: --config-file"),
+        (["SEED", "1", "OUTPUT_DIR=out"], "give KEY VALUE pairs with a blank between, OUTPUT_DIR out"),
+        (["--resume", "True", "SEED", "1"], "--resume: it takes no value, 'True'"),
+        (["SEED", "1", "--resume=1"], "--resume: it takes no value, '1'"),
+        (["SEED", "1", "\u2014resume"], "begins with a long dash"),
+        (["--opts", "SEED", "1"], "KEY VALUE pairs stand here without it"),
     ],
     ids=str,
 )
@@ -73,3 +79,8 @@ def test_what_is_no_flag_is_told(arguments: list[str], message: str, capsys: pyt
     with pytest.raises(SystemExit) as ended:
         processes.argument_parser().parse_args(arguments)
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_two_dashes_end_the_flags_as_in_any_command() -> None:
+    args = processes.argument_parser().parse_args(["--config-file", "x", "--", "SEED", "1"])
+    assert (args.config_file, args.opts) == ("x", ["SEED", "1"])
