@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
 from fvcore.common.history_buffer import HistoryBuffer
 
+# What a run is, as far as a resumed one may differ from what it was.
+_RECIPE = ("MODEL", "SOLVER", "INPUT", "DATASETS", "DATALOADER")
+_NOT_RECIPE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS")
 _KEPT = 1000  # values of each metric in memory; the longest window that Detectron2's writers look back on
 _SMOOTHED = 20  # that the writers to files look back on
 
@@ -104,3 +108,24 @@ def _cut(writer: JSONWriter, size: int) -> None:
         file.seek(max(size - 1, 0))
         if size == 0 or file.read(1) == b"\n":
             file.truncate(size)
+
+
+def recipe_of(cfg: CfgNode) -> dict[str, Any]:
+    """The settings that a run's result depends on, by their full names."""
+    flat: dict[str, Any] = {}
+
+    def add(node: CfgNode, prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, CfgNode):
+                add(value, f"{prefix}{key}.")
+            elif prefix + key not in _NOT_RECIPE:
+                flat[prefix + key] = _plain(value)
+
+    for part in _RECIPE:
+        add(cfg[part], f"{part}.")
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: YAML files and command lines do not tell them apart."""
+    return [_plain(x) for x in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

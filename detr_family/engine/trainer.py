@@ -53,7 +53,7 @@ from detr_family.engine.loggers import LoggerHook, build_loggers, check_loggers
 from detr_family.engine.occupation import is_still_there, leave, occupy
 from detr_family.engine.optimizer import build_optimizer, clips_full_model
 from detr_family.engine.randomness import run_seed
-from detr_family.engine.records import keep_short, make_up, restore, state_of
+from detr_family.engine.records import keep_short, make_up, recipe_of, restore, state_of
 from detr_family.engine.schedule import iterations_from_epochs
 from detr_family.engine.step import TrainStep
 from detr_family.engine.watch import watching_hooks
@@ -72,9 +72,6 @@ _READERS = {
     "DATALOADER": "build_train_loader",
     "TEST": "build_evaluator",
 }
-# What a run is, as far as a resumed one may differ from what it was.
-_RECIPE = ("MODEL", "SOLVER", "INPUT", "DATASETS", "DATALOADER")
-_NOT_RECIPE = ("MODEL.WEIGHTS", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS")
 
 
 class Trainer(DefaultTrainer):
@@ -375,7 +372,7 @@ class Trainer(DefaultTrainer):
             "seed": self.seed,
             "pictures": self.images,
             "parameters": self._trained_names(),
-            "recipe": _recipe(self.cfg),
+            "recipe": recipe_of(self.cfg),
             "evaluated": self.evaluated,
             "records": state_of(getattr(self, "storage", None), self._hooks),
         }
@@ -430,7 +427,7 @@ class Trainer(DefaultTrainer):
         return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
 
     def _log_changes(self, before: dict[str, Any]) -> None:
-        recipe = _recipe(self.cfg)
+        recipe = recipe_of(self.cfg)
         for key in sorted(before.keys() & recipe.keys()):
             if before[key] != recipe[key]:
                 _logger.warning("%s was %s in the checkpoint and is %s from here on", key, before[key], recipe[key])
@@ -480,24 +477,3 @@ def _registered(cfg: CfgNode) -> CfgNode:
     if frozen:
         cfg.freeze()
     return cfg
-
-
-def _recipe(cfg: CfgNode) -> dict[str, Any]:
-    """The settings that a run's result depends on, by their full names."""
-    flat: dict[str, Any] = {}
-
-    def add(node: CfgNode, prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, CfgNode):
-                add(value, f"{prefix}{key}.")
-            elif prefix + key not in _NOT_RECIPE:
-                flat[prefix + key] = _plain(value)
-
-    for part in _RECIPE:
-        add(cfg[part], f"{part}.")
-    return flat
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists: YAML files and command lines do not tell them apart."""
-    return [_plain(x) for x in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
