@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from detr_family.config import images_per_forward
 from detr_family.data.workers import outliving_sigterm
 from detr_family.engine.randomness import IMAGE, ORDER, seeded
 
-Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+Mapper = Callable[[dict[str, Any]], dict[str, Any] | None]
+_TRIES = 100  # of images, where the mapper leaves some out
 
 
 class TrainLoader:
@@ -32,7 +34,8 @@ class TrainLoader:
     Args:
         cfg: reads SOLVER.IMS_PER_BATCH, ACCUMULATION_STEPS and IMAGES_PER_FORWARD, DATALOADER and SEED.
         dataset: Detectron2's dicts.
-        mapper: what makes a dict the model's input.
+        mapper: what makes a dict the model's input; None leaves an image out, as with Detectron2's, and another is
+            taken.
 
     Attributes:
         seed: of the order and the augmentation; SEED, or 0 where that is negative, until it is set.
@@ -156,4 +159,12 @@ class _Augmented(Dataset[dict[str, Any]]):
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         position, index = place
         with seeded(self.seed, IMAGE, position):
-            return self.mapper(self.dataset[index])
+            for _ in range(_TRIES):
+                mapped = self.mapper(self.dataset[index])
+                if mapped is not None:
+                    return mapped
+                index = random.randrange(len(self.dataset))  # type: ignore[arg-type]
+        raise ValueError(
+            f"the mapper, {getattr(self.mapper, '__name__', type(self.mapper).__name__)}, gave None for {_TRIES} "
+            "images in a row: it must return Detectron2's dict, and None for the few images that are to be left out"
+        )

@@ -95,9 +95,13 @@ class TrainStep(SimpleTrainer):
             NotFiniteError: a loss or the gradient norm is not finite and `nonfinite` is "stop". The
                 weights are those from before the step; the batch is saved.
         """
-        assert self.model.training, "the model was left in evaluation mode"
+        if not self.model.training:
+            raise ValueError(
+                "the model is in evaluation mode, as a hook must have left it that looks at predictions: "
+                "call model.train() after model.eval()"
+            )
         start = time.perf_counter()
-        parts = [next(self._data_loader_iter) for _ in range(self.accumulation)]
+        parts = [self._next() for _ in range(self.accumulation)]
         data_time = time.perf_counter() - start
 
         self.optimizer.zero_grad()
@@ -106,6 +110,7 @@ class TrainStep(SimpleTrainer):
             with self._part(i, parts):
                 with torch.autocast(self.device.type, dtype=self.precision, enabled=self.amp):
                     losses = self.model(parts[i])
+                losses = {"loss": losses} if isinstance(losses, Tensor) else losses  # of a model of one's own
                 total = sum(losses.values()) / self.accumulation
                 self.grad_scaler.scale(total).backward()
             for name, loss in losses.items():
@@ -126,6 +131,15 @@ class TrainStep(SimpleTrainer):
             self.moving = True
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
+
+    def _next(self) -> list[dict[str, Any]]:
+        try:
+            return next(self._data_loader_iter)
+        except StopIteration:
+            raise ValueError(
+                f"the training loader, {type(self.data_loader).__name__}, ended before iteration {self.iter}: what "
+                "build_train_loader gives must be endless, as Detectron2's build_detection_train_loader is"
+            ) from None
 
     def _part(self, i: int, parts: list[list[dict[str, Any]]]) -> AbstractContextManager[Any]:
         """What the `i`-th part of the batch is computed in: its random numbers, and what it has with the others."""

@@ -52,6 +52,7 @@ from detr_family.engine.loader import InParts, TrainLoader
 from detr_family.engine.loggers import LoggerHook, build_loggers, check_loggers
 from detr_family.engine.occupation import is_still_there, leave, occupy
 from detr_family.engine.optimizer import build_optimizer, clips_full_model
+from detr_family.engine.overrides import given
 from detr_family.engine.randomness import run_seed
 from detr_family.engine.records import keep_short, make_up, recipe_of, restore, state_of
 from detr_family.engine.schedule import iterations_from_epochs
@@ -109,7 +110,7 @@ class Trainer(DefaultTrainer):
         parts = parts_of_step(cfg, comm.get_world_size())
         check_class_count(cfg)
         dataset = training_dicts(cfg)
-        check_test_sets(cfg)
+        check_test_sets(cfg, own_evaluator="TEST" in own)
         self.cfg = cfg = iterations_from_epochs(cfg, len(dataset))
         self.seed = run_seed(cfg.SEED)
         self.images = 0  # taken by all processes
@@ -121,8 +122,8 @@ class Trainer(DefaultTrainer):
         self._listener = Listener(lambda: bool(this._trainer.moving))
         _logger.info("The seed of this run is %d; SEED %d repeats it", self.seed, self.seed)
 
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
+        model = given(self, "build_model", cfg)
+        optimizer = given(self, "build_optimizer", cfg, model)
         loader = self._train_loader(cfg, dataset, parts)
         device_ids = [comm.get_local_rank()] if next(model.parameters()).is_cuda else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
@@ -141,7 +142,7 @@ class Trainer(DefaultTrainer):
         together = images_per_forward(cfg, comm.get_world_size())
         if parts > 1:
             _logger.info("Each process computes its share of a batch in %d parts of %d", parts, together)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.scheduler = given(self, "build_lr_scheduler", cfg, optimizer)
         self.average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
         self.checkpointer = DETRCheckpointer(
             model,
@@ -154,7 +155,7 @@ class Trainer(DefaultTrainer):
             self.checkpointer.add_checkpointable("ema", self.average)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
-        hooks = self.build_hooks()
+        hooks = given(self, "build_hooks")
         instability = build_instability_hook(cfg, dataset, together)
         if instability is not None:
             hooks.insert(1, instability)  # before checkpoints and writers, which take what it has found
@@ -168,7 +169,7 @@ class Trainer(DefaultTrainer):
     def _train_loader(self, cfg: CfgNode, dataset: Sequence[dict[str, Any]], parts: int) -> Iterable[Any]:
         """What `build_train_loader` gives, which a subclass may have overridden, in parts of a batch."""
         if self._overrides("build_train_loader"):
-            loader: Iterable[Any] = self.build_train_loader(cfg)
+            loader: Iterable[Any] = given(self, "build_train_loader", cfg)
         else:  # of what has been read already
             loader = TrainLoader(cfg, dataset, DETRDatasetMapper(cfg, True))
         if isinstance(loader, TrainLoader):
@@ -215,6 +216,8 @@ class Trainer(DefaultTrainer):
 
     def after_step(self) -> None:
         """The hooks', and the early end."""
+        self._trainer.moving = True  # also where the step was skipped
+        self.images += self.cfg.SOLVER.IMS_PER_BATCH  # here, as a subclass may have a run_step of its own
         with explained(self.cfg.OUTPUT_DIR):
             super().after_step()
             self._stop_early()
@@ -351,8 +354,6 @@ class Trainer(DefaultTrainer):
         """One step of all processes."""
         with explained(self.cfg.OUTPUT_DIR):
             super().run_step()
-        self._trainer.moving = True  # also where the step was skipped
-        self.images += self.cfg.SOLVER.IMS_PER_BATCH
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the newest whole checkpoint in OUTPUT_DIR, else start from the weights in MODEL.WEIGHTS.

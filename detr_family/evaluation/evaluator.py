@@ -19,6 +19,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from pycocotools.cocoeval import COCOeval
 
 from detr_family.data.datasets.coco import CocoFormatMetadata
 from detr_family.evaluation.coco_protocol import OFFICIAL, find_implementation, used_by_detectron2
@@ -98,6 +99,8 @@ class BoxEvaluator(COCOEvaluator):
         self._use_fast_impl = name != OFFICIAL
 
     def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
+        if any(isinstance(identifier, str) for identifier in self._coco_api.imgs):  # the others take numbers alone
+            self._implementation, self._use_fast_impl = COCOeval, False
         with used_by_detectron2(self._implementation):
             super()._eval_predictions(predictions, img_ids)
 

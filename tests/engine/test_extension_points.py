@@ -15,6 +15,7 @@ from detectron2.data import DatasetMapper, build_detection_test_loader, build_de
 from detectron2.data import transforms as T
 from detectron2.engine import HookBase
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import build_optimizer as detectron2_optimizer
 from engine_runs import run_cfg
 
 from detr_family.data.dataset_mapper import DETRDatasetMapper
@@ -222,3 +223,94 @@ def test_mistakes_are_told_before_a_training_from_python(tmp_path: Path, fault: 
         cfg.DATASETS.TEST = {"string": "other", "unknown": ("other",)}[fault]
     with pytest.raises(ValueError, match=message):
         Trainer(cfg)
+
+
+def small(folder: Path, *opts: Any) -> CfgNode:
+    keys = ["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "VIS_REPORT", False, "INPUT.CROP.ENABLED", False, *opts]
+    return run_cfg("DETR", folder, "run", keys)
+
+
+def own(**methods: Any) -> type[Trainer]:
+    return type("Mine", (Trainer,), methods)
+
+
+@pytest.mark.parametrize(
+    "method", ["build_model", "build_optimizer", "build_lr_scheduler", "build_train_loader", "build_hooks"]
+)
+def test_a_forgotten_return_is_told(tmp_path: Path, method: str) -> None:
+    with pytest.raises(ValueError, match=rf"Mine\.{method} returned None: it must return what it builds"):
+        own(**{method: lambda *_: None})(small(tmp_path))
+
+
+def test_what_a_training_would_fail_of_is_told_before_it(tmp_path: Path) -> None:
+    def plateau(_: Any, optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+    with pytest.raises(ValueError, match=r"Mine\.build_lr_scheduler gives a ReduceLROnPlateau"):
+        own(build_lr_scheduler=staticmethod(plateau))(small(tmp_path))
+    with pytest.raises(ValueError, match=r"Mine\.build_optimizer asks Detectron2 to clip.*ENABLED False"):
+        own(build_optimizer=staticmethod(detectron2_optimizer))(small(tmp_path))
+
+
+def test_a_loader_that_ends_and_a_model_left_in_evaluation_mode_are_told(tmp_path: Path) -> None:
+    cfg = small(tmp_path)
+    batch = [Brightened(cfg, True)(x) for x in training_dicts(cfg)[:4]]
+    with pytest.raises(ValueError, match=r"the training loader, list, ended before iteration 1: .* endless"):
+        own(build_train_loader=staticmethod(lambda _: [batch]))(cfg).train()
+
+    class Looks(HookBase):
+        def after_step(self) -> None:
+            self.trainer.model.eval()
+
+    with pytest.raises(ValueError, match=r"the model is in evaluation mode.*model\.train\(\)"):
+        own(build_hooks=lambda self: [*Trainer.build_hooks(self), Looks()])(cfg).train()
+
+
+def test_a_mapper_leaves_images_out_as_with_detectron2(tmp_path: Path) -> None:
+    cfg = small(tmp_path)
+    dicts = training_dicts(cfg)
+    kept = {x["file_name"] for x in dicts[::2]}
+
+    def mapper(record: dict[str, Any]) -> dict[str, Any] | None:
+        return Brightened(cfg, True)(record) if record["file_name"] in kept else None
+
+    def names() -> list[str]:
+        batches = iter(TrainLoader(cfg, dicts, mapper))
+        return [x["file_name"] for _ in range(5) for x in next(batches)]
+
+    first = names()
+    assert set(first) <= kept and len(first) == 20
+    assert names() == first  # the seed decides what is taken in an image's place
+    with pytest.raises(ValueError, match="the mapper, nothing, gave None for 100 images"):
+
+        def nothing(_: dict[str, Any]) -> None:
+            return None
+
+        next(iter(TrainLoader(cfg, dicts, nothing)))
+
+
+def test_images_are_counted_with_a_run_step_of_ones_own(tmp_path: Path) -> None:
+    def run_step(self: Trainer) -> None:
+        self._trainer.iter = self.iter
+        self._trainer.run_step()
+
+    trainer = own(run_step=run_step)(small(tmp_path))
+    trainer.train()
+    assert trainer.images == 8
+    again = Trainer(small(tmp_path, "SOLVER.MAX_ITER", 3))
+    again.resume_or_load()
+    assert again.data_loader.images == 8  # else it would see the first images anew
+
+
+def test_a_model_of_ones_own_may_give_one_loss(tmp_path: Path) -> None:
+    class One(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, batch: list[dict[str, Any]]) -> torch.Tensor:
+            return (self.weight**2).sum()
+
+    trainer = own(build_model=staticmethod(lambda _: One()))(small(tmp_path))
+    trainer.train()
+    assert trainer.storage.history("loss").latest() == trainer.storage.history("total_loss").latest() > 0

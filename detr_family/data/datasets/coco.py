@@ -20,6 +20,7 @@ from detr_family.config.types import check_types
 from detr_family.data.check import DatasetPart, annotation_findings, read_part
 from detr_family.data.datasets.coco_json import CONFIG_KEY, printable, read_categories, read_coco_json
 from detr_family.data.datasets.folder import apply_folder
+from detr_family.data.datasets.registered import check_records
 from detr_family.data.datasets.tree import plain
 
 _CHECKED_IMAGES = 20000
@@ -112,10 +113,15 @@ def check_dataset_names(cfg: CfgNode) -> None:
             raise ValueError(f"DATASETS.{key} is {value!r}; it must be a tuple of names of datasets")
 
 
-def check_test_sets(cfg: CfgNode) -> None:
+def check_test_sets(cfg: CfgNode, *, own_evaluator: bool = False) -> None:
     """Whether every dataset of DATASETS.TEST and FINAL_TEST can be read, before hours of training end in an evaluation.
 
-    Opens no image; datasets in COCO's format are read, of others it is seen that file and folder are there.
+    Opens no image; datasets in COCO's format and those registered in Python are read, of others it is seen that file
+    and folder are there.
+
+    Args:
+        cfg: a configuration whose own datasets are registered.
+        own_evaluator: what COCO's evaluation alone needs is not asked for.
 
     Raises:
         ValueError: one is not registered, or its annotation file or images are not there or at fault.
@@ -125,7 +131,7 @@ def check_test_sets(cfg: CfgNode) -> None:
         for name in cfg.DATASETS[key.partition(".")[2]]:
             _check_registered(name, key)
             try:
-                _check_test_set(name)
+                _check_test_set(name, own_evaluator)
             except ValueError as error:
                 raise ValueError(
                     f"{name!r} in {key} cannot be evaluated on: {error} A training without this evaluation has "
@@ -133,7 +139,7 @@ def check_test_sets(cfg: CfgNode) -> None:
                 ) from error
 
 
-def _check_test_set(name: str) -> None:
+def _check_test_set(name: str, own_evaluator: bool) -> None:
     metadata = MetadataCatalog.get(name)
     json_file, root = (metadata.__dict__.get(key) for key in ("json_file", "image_root"))
     if isinstance(metadata, CocoFormatMetadata):
@@ -145,8 +151,15 @@ def _check_test_set(name: str) -> None:
                 f"its {kind} {path} is not there (Detectron2's built-in datasets are looked for below the folder in "
                 "the environment variable DETECTRON2_DATASETS)."
             )
-    if json_file and metadata.get("evaluator_type") == "coco":
+    kind = metadata.get("evaluator_type")
+    if json_file and kind == "coco":
         read_categories(PathManager.get_local_path(json_file))
+    elif kind in (None, "coco") and not root:  # in Python
+        _check_registered_records(name, DatasetCatalog.get(name), evaluated=not json_file and not own_evaluator)
+
+
+def _check_registered_records(name: str, records: Any, evaluated: bool) -> None:
+    check_records(name, records, len(MetadataCatalog.get(name).get("thing_classes", ())), evaluated=evaluated)
 
 
 def check_images(dicts: Sequence[dict[str, Any]], image_root: str | None = None) -> None:
@@ -231,6 +244,11 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
                 f"The dataset {name!r} in DATASETS.TRAIN is not here ({error}). Detectron2's built-in data "
                 "sets are looked for below the folder in the environment variable DETECTRON2_DATASETS."
             ) from error
+        except (AssertionError, KeyError, TypeError):  # Detectron2 looks at some of what is checked
+            _check_registered_records(name, DatasetCatalog.get(name), evaluated=False)
+            raise
+        if not MetadataCatalog.get(name).get("json_file"):
+            _check_registered_records(name, part, evaluated=False)
         if any("annotations" not in record for record in part):
             raise ValueError(
                 f"The dataset {name!r} in DATASETS.TRAIN has no annotations "
