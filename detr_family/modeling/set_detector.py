@@ -21,7 +21,7 @@ from detr_family.layers.checkpointing import backbone_blocks, checkpoint_activat
 from detr_family.layers.position_encoding import SinePositionEncoding
 from detr_family.modeling.criterion import ClassLoss, SetCriterion
 from detr_family.modeling.freezing import freeze, keep_frozen_statistics, trained_though_matched
-from detr_family.modeling.inputs import images_of, instances_of
+from detr_family.modeling.inputs import explain_boxes, images_of, instances_of, size_of
 from detr_family.modeling.loading import refuse_half_a_checkpoint
 from detr_family.modeling.matcher import ClassCost, HungarianMatcher
 from detr_family.modeling.postprocessing import Selection, to_instances
@@ -226,8 +226,12 @@ class SetDetector(nn.Module):
         """What `detect` found as `Instances` of the size that is asked for."""
         results = []
         for x, instances in zip(batched_inputs, to_instances(*detections, images.image_sizes), strict=True):
-            height, width = instances.image_size
-            instances = detector_postprocess(instances, x.get("height", height), x.get("width", width))
+            try:
+                instances = detector_postprocess(instances, *size_of(x, instances.image_size))
+            except AssertionError as error:  # Detectron2's
+                raise ValueError(
+                    f"the predicted boxes are not finite: {explain_boxes(batched_inputs, self)}"
+                ) from error
             results.append({"instances": instances})
         return results
 
