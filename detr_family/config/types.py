@@ -106,6 +106,7 @@ def check_choices(cfg: CfgNode, own: Sequence[str] = ()) -> None:
         ValueError: one is not.
     """
     _check_device(cfg.MODEL.DEVICE)
+    check_input(cfg, training=not "INPUT".startswith(tuple(own)))
     for key in (*_CHOICES, *_LEAST):
         value = functools.reduce(CfgNode.__getitem__, key.split("."), cfg)
         if key.startswith(tuple(own)):
@@ -124,6 +125,40 @@ def _value(cfg: CfgNode, key: str, default: Any) -> Any:
     for name in key.split("."):
         node = node.get(name, default) if isinstance(node, CfgNode) else default
     return node
+
+
+def check_input(cfg: CfgNode, *, training: bool) -> None:
+    """Whether images can be resized and mirrored as INPUT says, which Detectron2 finds out with the first of them.
+
+    Args:
+        cfg: a configuration.
+        training: the keys of the training, too.
+
+    Raises:
+        ValueError: a key is at fault.
+    """
+    given = cfg.INPUT
+    for name in ("TEST", "TRAIN") if training else ("TEST",):
+        sizes, longest = given[f"MIN_SIZE_{name}"], given[f"MAX_SIZE_{name}"]
+        sizes = sizes if isinstance(sizes, (tuple, list)) else (sizes,)
+        if not sizes or min(sizes) < 0:
+            raise ValueError(
+                f"INPUT.MIN_SIZE_{name} is {sizes}; give shorter sides in pixels, or 0 for sizes as they are"
+            )
+        if longest < 1:
+            raise ValueError(f"INPUT.MAX_SIZE_{name} is {longest}; it must be at least 1 (pixels of the longer side)")
+    if not training:
+        return
+    sizes, sampling = given.MIN_SIZE_TRAIN, given.MIN_SIZE_TRAIN_SAMPLING
+    if sampling not in ("choice", "range"):
+        raise ValueError(f"INPUT.MIN_SIZE_TRAIN_SAMPLING is {sampling!r}; it may be 'choice' or 'range'")
+    if sampling == "range" and not (len(sizes) == 2 and sizes[0] <= sizes[1]):
+        raise ValueError(
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}; with MIN_SIZE_TRAIN_SAMPLING 'range' it must be two, the least and the "
+            "greatest"
+        )
+    if given.RANDOM_FLIP not in ("none", "horizontal", "vertical"):
+        raise ValueError(f"INPUT.RANDOM_FLIP is {given.RANDOM_FLIP!r}; it may be 'none', 'horizontal' or 'vertical'")
 
 
 def _check_device(name: str) -> None:

@@ -21,8 +21,9 @@ from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from detr_family.config.types import check_input
 from detr_family.data.augmentation import TorchvisionTransforms, scale_jitter
-from detr_family.data.images import ImageError, check_depth, unreadable
+from detr_family.data.images import ImageError, check_depth, read_image, unreadable
 from detr_family.data.reduced import check_draft, read_reduced, scaled
 from detr_family.data.workers import outliving_sigterm
 
@@ -111,9 +112,19 @@ class DETRDatasetMapper(DatasetMapper):
             is_train: training augmentation and instances, or only the resizing to MIN_SIZE_TEST.
 
         Raises:
-            ValueError: INPUT.CROP.RESIZE is empty though INPUT.CROP.ENABLED, or INPUT.RESIZE_ROUNDING is unknown.
+            ValueError: INPUT.CROP.RESIZE is empty though INPUT.CROP.ENABLED, INPUT.RESIZE_ROUNDING is unknown, or sizes
+                that cannot be; MODEL.KEYPOINT_ON without keypoints.
         """
-        arguments: dict[str, Any] = super().from_config(cfg, is_train)
+        check_input(cfg, training=is_train)
+        try:
+            arguments: dict[str, Any] = super().from_config(cfg, is_train)
+        except AttributeError as error:  # of the metadata
+            if not cfg.MODEL.KEYPOINT_ON:
+                raise
+            raise ValueError(
+                f"MODEL.KEYPOINT_ON is True, and the datasets have no keypoints ({error}): set it to False; the "
+                "detectors find boxes alone"
+            ) from error
         rounding = cfg.INPUT.RESIZE_ROUNDING
         arguments["augmentations"] = [
             ResizeShortestEdge(
@@ -168,8 +179,27 @@ class DETRDatasetMapper(DatasetMapper):
                 f"{path}: {error} (Sizes are compared after turning the image by its EXIF orientation.)"
             ) from error
         except Exception as error:  # whatever a damaged file makes the decoder raise
-            raise unreadable(path, error, _REMEDY) from error
+            if isinstance(error, (OSError, MemoryError)):
+                raise unreadable(path, error, _REMEDY) from error
+            self._check_readable(path)
+            raise ImageError(f"{path} can be read, but not prepared: {self._reason(error)}") from error
         return mapped if self.transforms is None else self.transforms(mapped)
+
+    def _check_readable(self, path: str) -> None:
+        try:
+            read_image(path, self.image_format)
+        except ImageError:
+            raise
+        except Exception as error:
+            raise unreadable(path, error, _REMEDY) from error
+
+    def _reason(self, error: Exception) -> str:
+        wanted = {"MASK_ON": self.use_instance_mask, "KEYPOINT_ON": self.use_keypoint}
+        keys = " and ".join(f"MODEL.{key}" for key, is_on in wanted.items() if is_on)
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if keys:
+            return f"{keys} is on, which asks for more than boxes of every annotation: set it to False ({what})"
+        return f"look to its annotations and to INPUT ({what})"
 
     def _reduced(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """What Detectron2's mapper does in training, with an image that INPUT.DRAFT may have decoded smaller."""

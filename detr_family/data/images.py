@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import numpy as np
 from detectron2.data import detection_utils
@@ -163,6 +164,12 @@ def unreadable(path: str, error: Exception, remedy: str = "Restore the file.") -
         remedy = "Give this process the right to read it."
     elif isinstance(error, MemoryError):
         remedy = "Memory does not suffice: lower DATALOADER.NUM_WORKERS, or make the image smaller."
+    elif os.path.isdir(path):
+        remedy = "It is a folder: name the image in it."
+    elif os.path.islink(path) and not os.path.exists(path):
+        remedy = f"It is a link to {os.readlink(path)}, which is not there or leads back to it: make it anew."
+    elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        remedy = "No name of a file can be so long."
     elif isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         remedy = "The file may be intact: look to the disk or network folder that it is on, and to the system's limits."
     elif told := told_by_head(path):

@@ -26,6 +26,7 @@ from torch import nn
 from detr_family.checkpoint import DETRCheckpointer, read_class_names
 from detr_family.config import load_config
 from detr_family.config.ignored import warn_of_ignored
+from detr_family.config.types import check_input
 from detr_family.data.dataset_mapper import ResizeShortestEdge
 from detr_family.data.datasets.coco import register_datasets
 from detr_family.data.images import to_format
@@ -155,6 +156,7 @@ class Predictor:
             cfg = load_config(os.fspath(config), opts)
         if weights is not None:
             cfg.MODEL.WEIGHTS = os.fspath(weights)
+        check_input(cfg, training=False)
         warn_of_ignored(cfg, but=["SOLVER"])
         cfg.MODEL.TIMM.PRETRAINED = False  # a whole detector's weights follow
         if is_exported(cfg.MODEL.WEIGHTS):

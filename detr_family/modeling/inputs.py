@@ -39,7 +39,7 @@ def images_of(batched_inputs: Sequence[dict[str, Any]], channels: int) -> list[T
         if image.dim() != 3 or image.shape[0] != channels or 0 in image.shape:
             raise ValueError(
                 f"{_name(x)} has shape {tuple(image.shape)}; ({channels}, height, width) with at least one pixel is "
-                "needed"
+                f"needed: MODEL.PIXEL_MEAN has {channels} value{'' if channels == 1 else 's'}"
             )
         if image.is_floating_point() and image.device.type == "cpu" and not torch.jit.is_tracing():
             _tell_of_small_values(image, _name(x))

@@ -78,7 +78,7 @@ class SetDetector(nn.Module):
             `detr_family.modeling.loading`.
 
     Raises:
-        ValueError: no class at all.
+        ValueError: no class or no detection at all, or standard deviations that cannot be.
     """
 
     pixel_mean: Tensor
@@ -103,6 +103,14 @@ class SetDetector(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"a detector needs at least one class, got {num_classes} (MODEL.DETR.NUM_CLASSES)")
+        if topk < 1:
+            raise ValueError(f"a detector needs to give at least one detection, got {topk} (TEST.DETECTIONS_PER_IMAGE)")
+        if not all(0 < x < float("inf") for x in pixel_std):
+            raise ValueError(f"standard deviations must be above 0, got {list(pixel_std)} (MODEL.PIXEL_STD)")
+        if len(pixel_std) not in (1, len(pixel_mean)):
+            raise ValueError(
+                f"{len(pixel_mean)} means and {len(pixel_std)} standard deviations were given (MODEL.PIXEL_MEAN, _STD)"
+            )
         self.backbone = backbone
         self.position_encoding = position_encoding
         self.num_classes = num_classes
@@ -283,11 +291,12 @@ class SetDetector(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights, as `half`, `bfloat16`, `double` and `to` set it; images are handed on in it.
+        """The type of the weights, as `half`, `to` or weights of another type set it; images are handed on in it.
 
         Positions, references and boxes are computed in float32 whatever it is.
         """
-        return self.pixel_mean.dtype
+        weights = (x.dtype for x in self.backbone.parameters() if x.is_floating_point())
+        return next(weights, self.pixel_mean.dtype)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """(..., C, H, W) values in [0, 255] -> the same, normalised in float32 or better, in the model's type."""

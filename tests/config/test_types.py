@@ -9,8 +9,10 @@ import pytest
 from detectron2.config import CfgNode
 from engine_runs import run_cfg
 
-from detr_family.config.types import check_choices, check_types
+from detr_family.config.types import check_choices, check_input, check_types
+from detr_family.data.dataset_mapper import DETRDatasetMapper
 from detr_family.engine import Trainer
+from detr_family.inference import Predictor
 
 
 def with_value(cfg: CfgNode, key: str, value: Any) -> CfgNode:
@@ -78,3 +80,35 @@ def test_what_own_methods_read_may_be_otherwise(cfg: CfgNode) -> None:
     check_choices(cfg, ["SOLVER.LR_SCHEDULER_NAME", "DATALOADER"])
     with pytest.raises(ValueError, match="SAMPLER_TRAIN"):
         check_choices(cfg, ["SOLVER.LR_SCHEDULER_NAME"])
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("INPUT.MIN_SIZE_TRAIN", (), r"INPUT\.MIN_SIZE_TRAIN is \(\); give shorter sides in pixels"),
+        ("INPUT.MIN_SIZE_TEST", -1, r"INPUT\.MIN_SIZE_TEST is \(-1,\)"),
+        ("INPUT.MAX_SIZE_TRAIN", 0, r"INPUT\.MAX_SIZE_TRAIN is 0; it must be at least 1"),
+        ("INPUT.MAX_SIZE_TEST", 0, r"INPUT\.MAX_SIZE_TEST is 0; it must be at least 1"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "all", r"SAMPLING is 'all'; it may be 'choice' or 'range'"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", r"'range' it must be two"),
+        ("INPUT.RANDOM_FLIP", "both", r"INPUT\.RANDOM_FLIP is 'both'; it may be 'none', 'horizontal' or 'vertical'"),
+    ],
+)
+def test_sizes_and_mirroring_that_cannot_be(key: str, value: Any, message: str, cfg: CfgNode) -> None:
+    changed = with_value(cfg, key, value)
+    changed.INPUT.MIN_SIZE_TRAIN = changed.INPUT.MIN_SIZE_TRAIN and (64, 48)  # no range, in this order
+    tests = ["INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"]
+    parts = [lambda: check_choices(changed), lambda: DETRDatasetMapper(changed, key not in tests)]
+    if key in tests:
+        parts.append(lambda: Predictor.from_config(changed))
+    for part in parts:
+        with pytest.raises(ValueError, match=message):
+            part()
+
+
+def test_sizes_that_can_be(cfg: CfgNode) -> None:
+    cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING, cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = "range", (48, 64), 0
+    check_input(cfg, training=True)
+    cfg.INPUT.MIN_SIZE_TRAIN = 800
+    cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING, cfg.INPUT.RANDOM_FLIP = "choice", "vertical"
+    check_input(cfg, training=True)

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from PIL import Image
 
 from detr_family import add_detr_family_config
 from detr_family.data.dataset_mapper import DETRDatasetMapper
+from detr_family.data.images import ImageError
 
 WIDTH, HEIGHT = 90, 60
 BOX = [30.0, 20.0, 24.0, 18.0]
@@ -211,3 +213,21 @@ def test_image_is_turned_by_its_exif_orientation(cfg, tmp_path):
     Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "turned.jpg", exif=exif)
     source = {"file_name": str(tmp_path / "turned.jpg"), "height": HEIGHT, "width": WIDTH, "image_id": 1}
     assert tuple(DETRDatasetMapper(cfg, is_train=False)(source)["image"].shape) == (3, 73, 110)
+
+
+def test_what_is_no_fault_of_the_file_is_not_called_one(cfg, tmp_path):
+    given = record(tmp_path, annotation(BOX))
+    cfg.MODEL.MASK_ON = cfg.INPUT.CROP.ENABLED = True
+    with pytest.raises(ImageError, match=r"a\.png can be read.* not prepared: MODEL\.MASK_ON is on.*set it to False"):
+        DETRDatasetMapper(cfg, True)(given)
+    cfg.MODEL.MASK_ON = cfg.INPUT.CROP.ENABLED = False
+    given["annotations"][0]["bbox_mode"] = BoxMode.XYXY_REL
+    with pytest.raises(ImageError, match=r"a\.png can be read.* not prepared: look to its annotations.*Relative"):
+        DETRDatasetMapper(cfg, True)(given)
+
+
+def test_keypoints_that_the_datasets_do_not_have(cfg):
+    MetadataCatalog.get("boxes alone").thing_classes = ["a"]
+    cfg.DATASETS.TRAIN, cfg.MODEL.KEYPOINT_ON = ("boxes alone",), True
+    with pytest.raises(ValueError, match=r"MODEL\.KEYPOINT_ON is True, and the datasets have no keypoints"):
+        DETRDatasetMapper(cfg, True)

@@ -225,3 +225,18 @@ def test_file_names_with_backslashes(coco_folder: Path) -> None:
     path = own_data.write(coco_folder, {"images": elsewhere})
     with pytest.raises(ValueError, match=r"3 of 3 images.*File names have backslashes, as Windows writes them"):
         check_images(scan_coco_json(path, str(coco_folder)).records, str(coco_folder))
+
+
+def test_folders_and_links_in_the_place_of_an_image(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "round.png").symlink_to(tmp_path / "round.png")
+    for name, remedy in (
+        ("folder.png", "It is a folder: name the image in it"),
+        ("gone.png", r"It is a link to .*nowhere\.png, which is not there"),
+        ("round.png", r"It is a link to .*round\.png, which is not there or leads back to it"),
+        (f"{'a' * 300}.png", "No name of a file can be so long"),
+    ):
+        with pytest.raises(ImageError, match=remedy) as told:
+            read_image(str(tmp_path / name), "RGB")
+        assert "Restore" not in str(told.value)

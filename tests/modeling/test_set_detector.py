@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import ImageList
 from torch import nn
 
@@ -150,3 +150,29 @@ def test_a_constructor_that_forgets_runs_where_there_was_nothing_to_do() -> None
             assert len(cls(cfg, finishes=False).eval()(tiny.batch())) == 2
     with pytest.raises(TypeError, match=r"self\.finish\(Blank\)"):
         Blank(told_cfg("DETR", ()), finishes=False).eval()(tiny.batch())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("TEST.DETECTIONS_PER_IMAGE", 0, r"at least one detection, got 0 \(TEST\.DETECTIONS_PER_IMAGE\)"),
+        ("MODEL.PIXEL_STD", [60.0, 0.0, 60.0], r"deviations must be above 0, got \[60\.0, 0\.0, 60\.0\]"),
+        ("MODEL.PIXEL_STD", [60.0, 60.0], r"3 means and 2 standard deviations were given"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_wherever_a_detector_is_built(key: str, value: Any, message: str) -> None:
+    cfg = tiny.cfg_of("DETR")
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=message):
+        build_model(cfg)
+
+
+def test_the_type_of_the_weights_is_theirs_however_they_come() -> None:
+    expected, model = (tiny.build("DINO").eval() for _ in range(2))
+    expected.half()
+    model.load_state_dict(expected.state_dict(), assign=True)
+    assert model.dtype == torch.float16 and model.pixel_mean.dtype == torch.float32
+    one, other = (x(tiny.batch((0,)))[0]["instances"] for x in (expected, model))
+    assert torch.equal(one.scores, other.scores) and torch.equal(one.pred_boxes.tensor, other.pred_boxes.tensor)
+    with pytest.raises(ValueError, match=r"weights are torch\.float16, too coarse"):
+        model.train()(tiny.batch())
