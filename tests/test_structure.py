@@ -14,7 +14,7 @@ PACKAGE = ROOT / "detr_family"
 
 # From the ground up; a room's own modules may import each other. docs/architecture.md says what is in each.
 FLOORS = [
-    ["errors", "threads"],
+    ["contents", "errors", "threads"],
     ["layers"],
     ["config", "collect_env"],
     ["modeling.structures"],

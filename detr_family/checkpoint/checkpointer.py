@@ -180,7 +180,7 @@ class DETRCheckpointer(DetectionCheckpointer):
             FileNotFoundError: there is no such file, or it cannot be fetched.
             ValueError: the file is no checkpoint, or not one of this detector, or has other classes.
         """
-        path = os.fspath(path)
+        path = os.path.expanduser(os.fspath(path).removeprefix("file://"))
         if path and not is_address(path) and not os.path.splitext(path)[1] and not os.path.exists(path):
             path = f"{ZOO}{path}"
         self._path = path
@@ -226,6 +226,15 @@ class DETRCheckpointer(DetectionCheckpointer):
         loaded.setdefault("config", formats.read_config(os.path.dirname(filename)))
         return loaded
 
+    def _unwrapped(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """Weights without the names that DDP, torch.compile and trainers of other packages put before a model's own."""
+        weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in weights.items()}
+        prefix = next(iter(weights)).partition(".")[0] + "."
+        own = self.model.state_dict()
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in own for name in weights):
+            return {name.removeprefix(prefix): value for name, value in weights.items()}
+        return weights
+
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         if self.averaged:
             averaged = checkpoint.get("ema")
@@ -236,7 +245,7 @@ class DETRCheckpointer(DetectionCheckpointer):
                     "set TEST.EMA False"
                 )
             checkpoint["model"] = averaged
-        found = checkpoint["model"] = {re.sub(r"^module\.", "", k): v for k, v in checkpoint["model"].items()}
+        found = checkpoint["model"] = self._unwrapped(checkpoint["model"])
         origin = formats.recognise(found)
         backbone_only = bool(checkpoint.get("matching_heuristics")) or (origin is not None and origin.backbone_only)
         no_tensors = [name for name, value in found.items() if not hasattr(value, "shape")]

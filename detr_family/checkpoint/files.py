@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from detr_family.contents import told_by_head
 from detr_family.errors import UserError
 
 UNFINISHED = ".unfinished"
@@ -120,7 +121,23 @@ def load(filename: str) -> dict[str, Any]:
                 "it is mmdetection's and holds objects of it, which are not loaded: load the weights of the paper's "
                 "authors, of detrex or of transformers"
             ) from error
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+        told = None if head.startswith(b"PK") else told_by_head(filename)
+        if told:
+            raise ValueError(f"it is {told[0]}. {told[1]}") from error
+        raise ValueError(_why_not(error)) from error
+
+
+def _why_not(error: Exception) -> str:
+    """What torch and pickle say of a file, in a line; torch's advice to read it without a look at it is left out."""
+    text = " ".join(str(error).split())
+    held = re.search(r"Unsupported global: GLOBAL (\S+)", text)
+    if held:
+        return f"it holds objects of {held[1]}, and reading such runs code: save weights alone, model.state_dict()"
+    if isinstance(error, ValueError) and text:
+        return text
+    if "Weights only load failed" in text or isinstance(error, (KeyError, EOFError)):
+        return f"it is no file of torch.save, or damaged ({text.rsplit('WeightsUnpickler error: ', 1)[-1][:100]})"
+    return text or type(error).__name__
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -54,7 +54,7 @@ def find_config(name: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError: there is neither; similar files in its folder and similar names are named.
     """
-    name = os.fspath(name)
+    name = os.path.expanduser(os.fspath(name))
     if PathManager.isfile(name):
         return name
     if not os.path.isabs(name) and "://" not in name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from detr_family.config.batch import images_per_forward
 from detr_family.config.defaults import add_detr_family_config
 from detr_family.config.files import find_config, similar
 from detr_family.config.types import check_given
+from detr_family.contents import told_by_head
 
 # What yacs says of a text in the place of a tuple or list.
 _MISMATCH = re.compile(
@@ -45,7 +47,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     add_detr_family_config(cfg)
     try:
         if config_file:
-            cfg.merge_from_file(find_config(config_file))
+            _merge_file(cfg, find_config(config_file))
         if len(opts) % 2:
             raise ValueError(f"{opts[-1]!r} on the command line has no value: give KEY VALUE pairs")
         for key, value in zip(opts[::2], opts[1::2], strict=True):
@@ -54,7 +56,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         text = str(error.args[0]) if error.args else str(error)
         wrong = text.rsplit(": ", 1)[-1] if "key" in text.lower() else text
         raise ValueError(f"{text}{similar(wrong, _keys(cfg))}") from error
-    except (YAMLError, UnicodeDecodeError) as error:
+    except YAMLError as error:
         raise ValueError(f"the config file {config_file} is no YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:
         single = _MISMATCH.search(str(error))
@@ -72,11 +74,36 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             f"('{value}',)"
         ) from error
     check_given(cfg)
+    for node, key in ((cfg, "OUTPUT_DIR"), (cfg.MODEL, "WEIGHTS"), (cfg.DATASETS, "FOLDER")):
+        node[key] = os.path.expanduser(node[key])  # "~", which shells replace in some places alone
     check_registered(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No CUDA device is to be had: MODEL.DEVICE is cpu.")
         cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+def _merge_file(cfg: CfgNode, path: str) -> None:
+    """Merge a YAML file, and those that its _BASE_ names, into a configuration.
+
+    Raises:
+        ValueError: one holds something else than keys and values, or is a base of itself.
+        FileNotFoundError: a base is not there.
+    """
+    if path.endswith(".py"):
+        raise ValueError(f"the config file {path} is Python (of detrex, or Detectron2's LazyConfig?): YAML is needed")
+    try:
+        cfg.merge_from_file(path)
+    except (AttributeError, TypeError) as error:  # Detectron2 takes for granted that it is a dict
+        raise ValueError(f"the config file {path}, or its _BASE_, is empty or holds no KEY: VALUE pairs") from error
+    except RecursionError as error:
+        raise ValueError(f"the config file {path} is, by its _BASE_, based on itself") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the _BASE_ of the config file {path} is not there: {error.filename}") from error
+    except UnicodeDecodeError as error:
+        told = told_by_head(path)
+        what = f"it is {told[0]}. {told[1]}" if told else f"it is not in UTF-8 ({error}): save it so"
+        raise ValueError(f"the config file {path} cannot be read: {what}") from error
 
 
 def check_registered(cfg: CfgNode) -> None:

@@ -10,7 +10,7 @@ from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from detr_family.data.contents import told_by_head
+from detr_family.contents import told_by_head
 from detr_family.errors import UserError
 
 _ORIENTATION_TAG = 0x0112

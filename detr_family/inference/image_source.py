@@ -96,7 +96,7 @@ def read(source: ImageSource, array_format: str, input_format: str) -> Given:
             return Given(source, _decoded(_fetched(path), path, "Look at what the address gives: it is no image."))
         if path[:5].lower() == "data:":
             return Given(source, _decoded(_of_data_address(path), f"in the address {path[:60]}..."))
-        if "\n" in path or len(path) > _LONGEST_PATH:
+        if ("\n" in path and not os.path.exists(path)) or len(path) > _LONGEST_PATH:
             raise ImageError(
                 f"a text of {len(path)} characters, {path[:40]!r}..., is no path: give the bytes that it stands for, "
                 "base64.b64decode(text) for instance"

@@ -123,9 +123,11 @@ def _known() -> set[str]:
 def _listed(path: Path) -> list[str]:
     """The paths of a list file."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
+        encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"  # as PowerShell writes
+        lines = content.decode(encoding).splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no list of paths: it is not text ({error})") from error
+        raise ValueError(f"{path} is no list of paths, or not in UTF-8: save it so ({error})") from error
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{path} is a list without a path")

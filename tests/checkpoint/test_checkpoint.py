@@ -242,3 +242,43 @@ def test_a_folder_in_place_of_the_checkpoint_in_it_is_told(tmp_path: Path) -> No
     torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
     with pytest.raises(FileNotFoundError, match=r"is a folder: .*the file in it, model_final\.pth"):
         DETRCheckpointer(model).load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty. Restore it"),
+        (b"<!DOCTYPE html><html>", "it is a web page, as of a download that was refused. Fetch it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "it is a pointer of Git LFS.* git lfs pull"),
+        (b"hello", "it is no file of torch.save, or damaged"),
+        (b"{}", "it is no file of torch.save, or damaged"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_something_else_is_told_by_what_it_is(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as told:
+        DETRCheckpointer(tiny.build("DETR")).load(str(tmp_path / "a.pth"))
+    assert "weights_only" not in str(told.value)  # torch's advice to run what is in it
+
+
+def test_a_pickled_detector_is_told_by_what_it_holds(tmp_path: Path) -> None:
+    model = tiny.build("DETR")
+    torch.save(model, tmp_path / "a.pth")
+    with pytest.raises(
+        ValueError, match=r"holds objects of detr_family\S+, .*: save weights alone, model\.state_dict"
+    ) as told:
+        DETRCheckpointer(model).load(str(tmp_path / "a.pth"))
+    assert "weights_only" not in str(told.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "detector."])
+def test_names_that_wrappers_put_before_a_models_own(prefix: str, tmp_path: Path) -> None:
+    """Those of DDP, torch.compile, and trainers of other packages."""
+    model, other = tiny.build("DETR"), tiny.build("DETR")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    torch.save({"state_dict": {prefix + k: v for k, v in other.state_dict().items()}}, tmp_path / "a.ckpt")
+    DETRCheckpointer(model, whole=True).load(f"file://{tmp_path}/a.ckpt")
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())

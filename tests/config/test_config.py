@@ -75,6 +75,33 @@ def test_a_key_with_nothing_behind_it_and_a_folder_are_named(tmp_path: Path) -> 
         load_config(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", b"", r"a\.yaml, or its _BASE_, is empty or holds no KEY: VALUE pairs"),
+        ("a.yaml", b"- SEED\n", "is empty or holds no KEY: VALUE pairs"),
+        ("a.yaml", b"_BASE_: nowhere.yaml\n", r"the _BASE_ of the config file .*a\.yaml is not there: .*nowhere\.yaml"),
+        ("a.yaml", b"_BASE_: a.yaml\n", r"a\.yaml is, by its _BASE_, based on itself"),
+        ("a.yaml", "SEED: 3\n".encode("utf-16"), "cannot be read: it is text in UTF-16. Save it as UTF-8"),
+        ("a.yaml", "OUTPUT_DIR: \u00e4\n".encode("latin1"), "it is not in UTF-8 .*: save it so"),
+        ("a.py", b"from x import y\n", r"a\.py is Python .*: YAML is needed"),
+    ],
+    ids=str,
+)
+def test_files_that_are_no_configuration(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_config(str(tmp_path / name))
+
+
+def test_the_home_folder_is_meant_in_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("OUTPUT_DIR: ~/out\nMODEL: {WEIGHTS: ~/a.pth}\n")
+    cfg = load_config("~/mine.yaml", ["DATASETS.FOLDER", "~/cells"])
+    assert (f"{tmp_path}/out", f"{tmp_path}/a.pth") == (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
+    assert f"{tmp_path}/cells" == cfg.DATASETS.FOLDER
+
+
 def test_true_and_false_are_written_as_in_files_too() -> None:
     assert load_config("", ["TEST.EMA", "true"]).TEST.EMA is True
     assert load_config("", ["MODEL.DETR.AUX_LOSS", "FALSE"]).MODEL.DETR.AUX_LOSS is False

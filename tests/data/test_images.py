@@ -25,6 +25,7 @@ from detr_family.data.datasets.coco import check_images, register_coco_format
 from detr_family.data.datasets.coco_json import read_coco_json, scan_coco_json
 from detr_family.data.images import ImageError, read_image, to_format, to_rgb, unreadable
 from detr_family.inference import Predictor
+from detr_family.inference.image_source import read as read_source
 from detr_family.visualization.draw import draw_detections
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -240,3 +241,11 @@ def test_folders_and_links_in_the_place_of_an_image(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match=remedy) as told:
             read_image(str(tmp_path / name), "RGB")
         assert "Restore" not in str(told.value)
+
+
+def test_dicom_is_told_and_line_breaks_in_names_are_not_taken_for_something_else(tmp_path: Path) -> None:
+    (tmp_path / "a.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 40)
+    with pytest.raises(ImageError, match=r"it is DICOM\. Convert its frames to PNG"):
+        read_image(str(tmp_path / "a.dcm"), "RGB")
+    Image.new("RGB", (5, 4)).save(tmp_path / "a\nb.png")
+    assert read_source(str(tmp_path / "a\nb.png"), "RGB", "RGB").pixels.shape == (4, 5, 3)

@@ -213,3 +213,18 @@ def test_two_runs_do_not_write_one_part(tmp_path: Path) -> None:
     assert other.returncode and "is being written by another run" in other.stderr
     journal.close()
     assert not subprocess.run(command, cwd=root).returncode
+
+
+def test_lists_as_windows_writes_them(tmp_path: Path) -> None:
+    images(tmp_path, "a.png", "b.png")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):  # the last is PowerShell's
+        (tmp_path / "list.txt").write_bytes("a.png\r\nb.png\r\n".encode(encoding))
+        assert [Path(item.path).name for item in find_work([str(tmp_path / "list.txt")]).images] == ["a.png", "b.png"]
+
+
+def test_what_is_given_in_the_place_of_images_is_told(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('[{"image_id": 1, "bbox": [1, 2, 3, 4]}]')
+    with pytest.raises(ValueError, match="no COCO dataset but a list, as results are"):
+        find_work([str(tmp_path / "results.json")])
+    with pytest.raises(ValueError, match=r"'MODEL\.WEIGHTS' is no file .* KEY VALUE pairs follow --opts"):
+        find_work(["MODEL.WEIGHTS"])

@@ -85,6 +85,8 @@ def load(path: Path) -> dict[str, Any]:
     for key in ("images", "categories"):
         entries = data.get(key) if isinstance(data, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            if isinstance(data, list):
+                raise ValueError(f"{path}: no COCO dataset but a list, as results are. Give the file with the images.")
             raise ValueError(f'{path}: no COCO dataset: "{key}" is no list of objects. Export it again.')
     return data
 

@@ -20,7 +20,7 @@ from typing import Any
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import log_first_n
 
-from detr_family.data.contents import told_by_head
+from detr_family.contents import told_by_head
 from detr_family.data.images import ImageError, shown_size
 
 CONFIG_KEY = "DATASETS.COCO_FORMAT"

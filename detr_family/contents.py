@@ -35,6 +35,8 @@ def told_by_head(path: str) -> tuple[str, str] | None:
         return None
     if not size:
         return "empty", "Restore it."
+    if head[128:132] == b"DICM":
+        return "DICOM", "Convert its frames to PNG, with the scaling of grey that suits them."
     if not head.strip(b"\x00"):
         return "nothing but zeros at its beginning, as of a copy that was cut off", "Restore it."
     if head[4:8] == b"ftyp":
