@@ -35,3 +35,23 @@ def at_most(most: int, size: Any) -> Any:
     if isinstance(size, Tensor):
         return size.clamp(max=most)
     return torch.sym_min(most, size)
+
+
+def nearest(mask: Tensor, size: Sequence[Any]) -> Tensor:
+    """A mask at a smaller size by the nearest pixel.
+
+    Written out in whole numbers, so that every runtime takes the same pixels: a resizing node divides by the float of
+    size / full, and of 120 rows made 8, onnxruntime takes row 104 for 105. F.interpolate gives the same where a stride
+    is a power of two and the size rounded up, as in the releases; of some other sizes it takes the pixel before.
+
+    Args:
+        mask: (B, H, W).
+        size: h and w, also where they are not numbers yet.
+
+    Returns:
+        (B, h, w) of the mask's type.
+    """
+    for dim, count in enumerate(size, 1):
+        places = torch.arange(count, device=mask.device) * mask.shape[dim] // count
+        mask = mask.index_select(dim, places)
+    return mask

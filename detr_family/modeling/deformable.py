@@ -26,6 +26,7 @@ from typing_extensions import Unpack
 
 from detr_family.layers.deformable_attention import MSDeformAttn
 from detr_family.layers.fused import feed_forward
+from detr_family.layers.shapes import nearest
 from detr_family.modeling.transformer import LayerArguments, xavier_matrices
 
 
@@ -185,8 +186,7 @@ class LevelProjections(nn.ModuleList):
         sizes = [x.shape[-2:] for x in maps]
         while len(sizes) < self.num_levels:
             sizes.append(torch.Size([(sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2]))
-        pixels = mask[None].float()
-        masks = [F.interpolate(pixels, size=size)[0].bool() for size in sizes]
+        masks = [nearest(mask, size) for size in sizes]
 
         apart = padded and self.ignore_padding
         projected: list[Tensor] = []

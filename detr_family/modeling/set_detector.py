@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import Backbone
@@ -19,6 +18,7 @@ from typing_extensions import NotRequired, TypedDict
 from detr_family.config import num_classes
 from detr_family.layers.checkpointing import backbone_blocks, checkpoint_activations
 from detr_family.layers.position_encoding import SinePositionEncoding
+from detr_family.layers.shapes import nearest
 from detr_family.modeling.criterion import ClassLoss, SetCriterion
 from detr_family.modeling.freezing import freeze, keep_frozen_statistics, trained_though_matched
 from detr_family.modeling.inputs import explain_boxes, images_of, instances_of, size_of
@@ -379,7 +379,7 @@ class SetDetector(nn.Module):
         Returns:
             (B, h, w) bool.
         """
-        return F.interpolate(mask[None].float(), size=feature.shape[-2:])[0].bool()
+        return nearest(mask, feature.shape[-2:])
 
     def targets(self, batched_inputs: Sequence[dict[str, Any]]) -> Targets:
         """Ground truth of a batch, checked on the host before it can do harm on the device."""

@@ -62,13 +62,13 @@ def test_with_the_operator_where_it_is_built(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.golden
-def test_dino_r50_with_golden_weights(tmp_path: Path) -> None:
+def test_dino_r50_with_golden_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("dino_r50_4scale", "MODEL.DETR.NUM_QUERIES", "100")
     golden.fill(model, golden.load("dino_r50_4scale"), tmp_path / "weights.pth").eval()
     images = [x["image"] for x in golden.batch()]
-    path = tmp_path / "model.pt2"
-    difference = export_model(model, "torch_export", path, size=(128, 160), batch=2, native=False, images=images)
-    assert difference is not None and difference.within() and difference.compared > 500
+    # Also at 120 rows, of which a padded image fills 105: where its tokens end, runtimes used to differ.
+    for _ in in_all_formats(model, tmp_path, monkeypatch, least=500, size=(128, 160), images=images):
+        pass
 
 
 @pytest.mark.slow
