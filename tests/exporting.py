@@ -73,7 +73,7 @@ def exported(name: str, format: str, folder: Path, *, resnet: bool = False, **ke
 def in_all_formats(
     model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *, least: int = 20, **keys: Any
 ) -> Iterator[tuple[str, Path]]:
-    """A detector in each format whose packages are installed, `least` detections and more compared while it was written.
+    """A detector in each format whose packages are installed, compared while it was written: over `least` detections.
 
     torch's part of the exports, nearly all of their time, is done once.
     """

@@ -99,7 +99,8 @@ class Levels:
         """
         size = torch.cat([self.centres.new_full((h * w,), 0.05 * 2.0**i) for i, (h, w) in enumerate(self.shapes)])
         boxes = torch.cat([self.centres, size[:, None].expand(self.centres.shape[0], -1, 2)], -1)  # B x S x 4
-        usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
+        # A centre of just 0.99, as of 50 tokens the last, is not within, however a runtime rounds quotients.
+        usable = ((boxes > 0.01 + 1e-6) & (boxes < 0.99 - 1e-6)).all(-1)
         if self.padding is not None:
             usable = usable & ~self.padding
         logits = (boxes / (1 - boxes)).log().masked_fill(~usable[..., None], torch.inf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,6 +71,15 @@ def test_proposals_have_a_size_for_each_level_and_none_come_from_padding_or_the_
     assert not (usable & levels.padding).any() and torch.isinf(logits[~usable]).all()
     wide = [torch.zeros(1, 1, 60, dtype=torch.bool)]  # the first and last centre are within 0.01 of the edge
     assert Levels.from_masks(wide, padded=False).proposals()[1][0].tolist() == [False] + [True] * 58 + [False]
+
+
+@pytest.mark.parametrize("width", [50, 150, 250, 49, 51, 1000])
+def test_a_centre_at_the_bound_is_not_within_however_quotients_are_rounded(width: int) -> None:
+    levels = Levels.from_masks([torch.zeros(1, 3, width, dtype=torch.bool)], padded=False)
+    within = [width < 50 * (2 * i + 1) < 99 * width for i in range(width)]
+    for error in (0.0, 1.2e-7, -1.2e-7):
+        moved = replace(levels, centres=levels.centres * (1 + error))
+        assert moved.proposals()[1].unflatten(1, (3, width))[0, 1].tolist() == within
 
 
 def test_further_levels_come_from_strided_convolutions() -> None:
