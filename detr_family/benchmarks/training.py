@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from detr_family.benchmarks.denoising import images
 from detr_family.config import load_config
 from detr_family.config.projects import add_import
+from detr_family.engine.memory import keep_freed_memory
 from detr_family.engine.optimizer import build_optimizer
 from detr_family.layers.fused import plain_layers
 from detr_family.modeling.set_detector import SetDetector
@@ -118,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_import(parser)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as a Trainer does
     inputs = images(args.batch, args.boxes, args.size)
     print(
         f"{args.batch} image(s) of {args.size[0]}x{args.size[1]} a step, {args.boxes} boxes each, {args.threads} "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from detr_family.engine.memory import keep_freed_memory
 from detr_family.engine.randomness import STEP, seed_all
 from detr_family.errors import UserError
 from detr_family.modeling.criterion import mean_over_ranks, part_of_batch
@@ -75,6 +76,8 @@ class TrainStep(SimpleTrainer):
         if nonfinite not in ("stop", "skip"):
             raise ValueError(f"SOLVER.NONFINITE is {nonfinite!r}; it may be 'stop' or 'skip'")
         self.device = next(model.parameters()).device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.clip_norm = clip_norm
         self.amp = amp
         self.precision = PRECISIONS[precision]

@@ -36,12 +36,12 @@ from detr_family.layers.prepared import (
     PreparedStem,
     kernels_work,
 )
+from detr_family.layers.winograd import CHANNELS as WINOGRAD_CHANNELS
 from detr_family.layers.winograd import WinogradConv2d
 from detr_family.modeling.set_detector import SetDetector
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _KEPT_ENCODINGS = 8  # sizes of images
-_WINOGRAD_CHANNELS = 128  # at least
 _WINOGRAD_BYTES = 70 << 20  # more weights than before, at most: what a large image's norms took, which are gone
 
 _logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def _winograd_convolutions(backbone: nn.Module) -> set[int]:
         and _foldable(conv)
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and conv.groups == 1
-        and min(conv.in_channels, conv.out_channels) >= _WINOGRAD_CHANNELS
+        and min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS
     ]
     chosen, room = set(), _WINOGRAD_BYTES
     for conv in sorted(wanted, key=lambda conv: conv.weight.numel()):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from detr_family.layers import winograd
 from detr_family.layers.prepared import kernels_work
 
 _CHUNK = 4 << 20  # bytes of a feed-forward network's hidden layer that are worked on at a time
@@ -82,8 +83,17 @@ class FoldedConv(NamedTuple):
 
     def __call__(self, x: Tensor, weight: Tensor, *, relu: bool) -> Tensor:
         """Convolve x (B, I, H, W) with the folded weight; no autograd."""
+        if self._is_winograds(x):
+            return winograd.convolve(x, winograd.transformed(weight).transpose(1, 2), self.shift, relu=relu)
         unary = "relu" if relu else "none"
         y: Tensor = _mkldnn._convolution_pointwise(x, weight, self.shift, *self.geometry, unary, [], "")
+        return y
+
+    def add(self, other: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Convolve and add (B, O, H', W'), then ReLU; no autograd."""
+        y: Tensor = _mkldnn._convolution_pointwise.binary(
+            x, other, weight, self.shift, *self.geometry, "add", 1, "relu", [], ""
+        )
         return y
 
     def add_to(self, sums: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -92,6 +102,11 @@ class FoldedConv(NamedTuple):
             sums, x, weight, self.shift, *self.geometry, "add", 1, "relu", [], ""
         )
         return y
+
+    def _is_winograds(self, x: Tensor) -> bool:
+        """Whether it is a 3x3 convolution that is faster by Winograd's method."""
+        plain = self.geometry == ([1, 1], [1, 1], [1, 1], 1) and self.weight.shape[2:] == (3, 3)
+        return plain and winograd.pays(x, self.weight)
 
     def backward(
         self, grad: Tensor, x: Tensor, wants_x: bool, wants_weight: bool
@@ -119,14 +134,20 @@ class FoldedConv(NamedTuple):
                 grad_x = wide.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
             if wants_weight:
                 grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).flatten(0, 2)).view_as(weight)
+        elif self._is_winograds(x):
+            grad_x, grad_weight = winograd.gradients(grad, x, weight, wants_x, wants_weight)
         else:
             rest = (None, stride, padding, dilation, False, [0, 0], groups)
-            # oneDNN's gradients of these weights take twice as long in channels-last layout.
+            strided = weight.shape[2:] == (1, 1) and (padding, groups) == ([0, 0], 1)
+            # oneDNN's gradients of these weights take longer in channels-last layout.
             apart = wants_weight and groups == 1 and (max(stride) > 1 or len(weight) >= 512)
             wanted = [wants_x, wants_weight and not apart, False]
             if any(wanted):
                 grad_x, grad_weight, _ = _aten.convolution_backward(grad, x, weight, *rest, wanted)
-            if apart:
+            if apart and strided:
+                seen = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).flatten(0, 2)
+                grad_weight = (grad.permute(0, 2, 3, 1).flatten(0, 2).t() @ seen).view_as(weight)
+            elif apart:
                 plain = grad.contiguous(), x.contiguous(), self.weight.detach()
                 grad_weight = _aten.convolution_backward(*plain, *rest, [False, True, False])[1]
         if grad_weight is not None:
@@ -169,11 +190,9 @@ class _ResidualBlock(torch.autograd.Function):
         for conv, weight in zip(convs[:-1], folded, strict=False):
             entering.append(conv(entering[-1], weight, relu=True))
         if shortcut is None:
-            sums = x.clone()
+            result = convs[-1].add(x, entering[-1], folded[-1])
         else:
-            folded.append(shortcut.folded())
-            sums = shortcut(x, folded[-1], relu=False)
-        result = convs[-1].add_to(sums, entering[-1], folded[len(convs) - 1])
+            result = convs[-1].add_to(shortcut(x, shortcut.folded(), relu=False), entering[-1], folded[-1])
         ctx.convs, ctx.shortcut = convs, shortcut
         ctx.save_for_backward(result, *entering, *weights)
         return result

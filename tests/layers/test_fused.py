@@ -9,7 +9,7 @@ import torch
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 
-from detr_family.layers import fused
+from detr_family.layers import fused, winograd
 from detr_family.layers.checkpointing import checkpoint_activations
 from detr_family.layers.fused import feed_forward, plain_layers
 from detr_family.layers.prepared import kernels_work
@@ -59,23 +59,23 @@ def check(module: nn.Module, x: Tensor, wants_x: bool) -> None:
     found, gradients = compute(module, x, wants_x)
     with plain_layers():
         expected, plain = compute(module, x, wants_x)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(float(expected.abs().max()), 1))
     for a, b in zip(gradients, plain, strict=True):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
-def count(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """How often something of layers.fused is called."""
+def count(monkeypatch: pytest.MonkeyPatch, name: str, module: Any = fused) -> list[int]:
+    """How often something of a module of layers is called."""
     calls: list[int] = []
-    kept = getattr(fused, name)
+    kept = getattr(module, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return kept(*args, **kwargs)
 
-    monkeypatch.setattr(fused, name, counted)
+    monkeypatch.setattr(module, name, counted)
     return calls
 
 
@@ -92,6 +92,16 @@ def test_block_with_frozen_weights(trained: tuple[str, ...]) -> None:
         parameter.requires_grad_(name.split(".")[1] in trained)
     check(module, torch.randn(2, 12, 15, 18), wants_x=False)
     check(module, torch.randn(2, 12, 15, 18), wants_x=True)
+
+
+@pytest.mark.parametrize("wants_x", [True, False])
+@pytest.mark.parametrize(("name", "forward"), [("bottleneck", 1), ("basic", 0)])  # a last convolution adds, too
+def test_block_by_winograds_method(name: str, forward: int, wants_x: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "CHANNELS", 8)
+    monkeypatch.setitem(BLOCKS, "bottleneck", lambda: bottleneck(stride=1))
+    calls = count(monkeypatch, "convolve", winograd), count(monkeypatch, "gradients", winograd)
+    check(stage(name), torch.randn(2, 12, 16, 20, generator=torch.Generator().manual_seed(2)), wants_x)
+    assert [len(x) for x in calls] == [forward, 1]
 
 
 def test_frozen_stem_equals_plain_one() -> None:
