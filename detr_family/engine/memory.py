@@ -13,7 +13,7 @@ import sys
 
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_SAID_BY_USER = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+_SETTINGS = ("mmap_max", "mmap_threshold", "trim_threshold", "top_pad")
 
 
 def keep_freed_memory() -> bool:
@@ -22,9 +22,8 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it does: False where the user has decided, and elsewhere than with Linux's glibc.
     """
-    decided = any(name in os.environ for name in _SAID_BY_USER) or "glibc.malloc" in os.environ.get(
-        "GLIBC_TUNABLES", ""
-    )
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    decided = any(f"MALLOC_{name.upper()}_" in os.environ or f"malloc.{name}=" in tunables for name in _SETTINGS)
     if decided or sys.platform != "linux":
         return False
     try:
@@ -32,4 +31,4 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):  # another C library
         return False
     mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))  # -1: never

@@ -46,3 +46,8 @@ def test_freed_memory_is_used_again() -> None:
 )
 def test_user_decides(said: dict[str, str]) -> None:
     assert run(**said) == ["False", "False"]
+
+
+@glibc
+def test_huge_pages_are_another_matter() -> None:  # docs/dino.md recommends them
+    assert run(GLIBC_TUNABLES="glibc.malloc.hugetlb=1") == ["True", "True"]
