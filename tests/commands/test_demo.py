@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from own_data import CATEGORIES, write
 from PIL import Image
-from predicting import NAMES, Bomb, config
+from predicting import NAMES, Bomb, config, config_text
 from pycocotools.coco import COCO
 
 from detr_family.checkpoint import DETRCheckpointer
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
         Image.fromarray(pixels).save(images / name)
     (images / "broken.png").write_bytes((images / "a.png").read_bytes()[:200])
     (images / "notes.txt").write_text("text")
-    (tmp_path / "config.yaml").write_text(config("DETR").dump())
+    (tmp_path / "config.yaml").write_text(config_text("DETR"))
     DETRCheckpointer(tiny.build("DETR"), str(tmp_path), class_names=NAMES).save("weights")
     return tmp_path
 
@@ -218,7 +218,7 @@ def test_results_of_processes_are_those_of_one() -> None:
         assert (together.images, together.detections, together.best) == (one.images, one.detections, one.best)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_torchruns_processes_draw_their_shares(folder: Path) -> None:
     assert demo(folder, folder / "images") == 1
     expected = {name: read(folder, name) for name in ("results.json", "images.json")}

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from predicting import NAMES, config
+from predicting import NAMES, config_text
 from pycocotools.coco import COCO
 
 from detr_family.checkpoint import DETRCheckpointer
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
     (images / "below").mkdir()
     (images / "000003.png").rename(images / "below" / "3.png")
     (images / "broken.png").write_bytes((images / "000000.png").read_bytes()[:200])
-    (tmp_path / "config.yaml").write_text(config("DETR").dump())
+    (tmp_path / "config.yaml").write_text(config_text("DETR"))
     DETRCheckpointer(tiny.build("DETR"), str(tmp_path), class_names=NAMES).save("weights")
     return tmp_path
 

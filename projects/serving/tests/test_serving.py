@@ -23,7 +23,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from predicting import NAMES, config
+from predicting import NAMES, config_text
 
 from detr_family.checkpoint import DETRCheckpointer
 from detr_family.inference import Predictor
@@ -57,7 +57,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with config.yaml, model.pth and the modules to serve."""
     folder = tmp_path_factory.mktemp("served")
     DETRCheckpointer(tiny.build("DETR"), str(folder), class_names=NAMES).save("model")
-    (folder / "config.yaml").write_text(config("DETR").dump())
+    (folder / "config.yaml").write_text(config_text("DETR"))
     (folder / "served.py").write_text(MODULE)
     (folder / "warmed.py").write_text(WARMED)
     return folder
@@ -113,7 +113,7 @@ def server(arguments: list[str], folder: Path, **environment: str) -> Iterator[s
                 process.wait()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERVERS)
 def test_ten_clients_get_what_the_predictor_finds(name: str, weights: Path) -> None:
     if "gunicorn" in name:
@@ -146,7 +146,7 @@ def test_ten_clients_get_what_the_predictor_finds(name: str, weights: Path) -> N
     assert ("do not survive a fork" in log) == ("warm-up" in name), log
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_what_is_too_large_is_turned_away(weights: Path) -> None:
     with server(["-m", "uvicorn", "served:app"], weights, DETR_MAX_BYTES="1000") as address:
         status, answer = ask(f"{address}/detect", bytes(2000))
