@@ -258,7 +258,7 @@ def memory_of(processes: list[int]) -> int:
     return total
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_many_images_on_two_processes_that_are_killed_once(folder: Path) -> None:
     """Killed in the middle and started again, by another launcher: every image once, flat memory.
 
