@@ -99,7 +99,8 @@ class BoxEvaluator(COCOEvaluator):
         self._use_fast_impl = name != OFFICIAL
 
     def _eval_predictions(self, predictions: Any, img_ids: Any = None) -> None:
-        if any(isinstance(identifier, str) for identifier in self._coco_api.imgs):  # the others take numbers alone
+        # The others take ids of images for numbers of double precision.
+        if any(isinstance(identifier, str) or abs(identifier) > 2**53 for identifier in self._coco_api.imgs):
             self._implementation, self._use_fast_impl = COCOeval, False
         with used_by_detectron2(self._implementation):
             super()._eval_predictions(predictions, img_ids)

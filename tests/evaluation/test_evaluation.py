@@ -245,3 +245,26 @@ def test_published_figures_of_cocos_own_example(coco_folder):
     keys = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
     published = (50.5, 69.7, 57.3, 58.6, 51.9, 50.1, 38.7, 59.4, 59.5, 64.0, 56.6, 56.4)
     assert {key: results[key] for key in keys} == pytest.approx(dict(zip(keys, published, strict=True)), abs=0.051)
+
+
+def test_ids_beyond_double_precision_and_areas_of_another_unit(tmp_path):
+    """Hashes as ids are told apart, and an area that no box can hold is the box's: else all objects were ignored."""
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+    for i, count in enumerate((1, 3)):
+        image = {"id": 2**53 + i, "file_name": f"{i}.png", "width": 90, "height": 90}
+        content["images"].append(image)
+        for j in range(count):
+            entry = {"image_id": image["id"], "category_id": 1, "bbox": [20 * j, 9, 10, 10 + j], "iscrowd": 0}
+            content["annotations"].append({**entry, "id": len(content["annotations"]) + 1, "area": 1e11})
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    name = f"large {tmp_path}"
+    register_coco_format(name, str(tmp_path / "a.json"), str(tmp_path))
+    evaluator = CocoFormatEvaluator(name, None)
+    evaluator.reset()
+    for record in DatasetCatalog.get(name)[:1]:  # the second image's three objects are not found
+        found = Instances((90, 90))
+        found.pred_boxes = Boxes(torch.tensor([[0.0, 9, 10, 19]]))
+        found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+        evaluator.process([record], [{"instances": found}])
+    results = evaluator.evaluate()["bbox"]
+    assert results["AR100"] == results["ARs"] == 25

@@ -386,9 +386,13 @@ def _number(value: object) -> object:
 
 
 def _area(value: object, box: list[float], clipped: bool) -> float:
-    """The object's own area where the file gives a usable one, else the box's."""
+    """The object's own area where the file gives a usable one, else the box's.
+
+    One of more than twice the box's is in another unit, or of the image before it was made smaller.
+    """
     box_area = box[2] * box[3]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= _MOST_PIXELS**2:
+    most = 2 * box_area + 1
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= most:
         return min(float(value), box_area) if clipped else float(value)
     return box_area
 
