@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "detr_family"
+IN_EACH_FOLDER = ("__init__.py", "conftest.py")
 
 # From the ground up; a room's own modules may import each other. docs/architecture.md says what is in each.
 FLOORS = [
@@ -136,3 +137,10 @@ def test_no_module_grows_past_one_subject() -> None:
     for module, path in MODULES.items():
         lines = len(path.read_text().splitlines())
         assert lines <= 500 or module == "modeling.dino", f"{module} has {lines} lines: part it"
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest imports them by it, and collects nothing where two have the same."""
+    folders = (ROOT / "tests", *(path for path in (ROOT / "projects").rglob("tests") if path.is_dir()))
+    names = [path.name for folder in folders for path in folder.rglob("*.py") if path.name not in IN_EACH_FOLDER]
+    assert not {name for name in names if names.count(name) > 1}
