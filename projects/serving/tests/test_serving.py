@@ -37,7 +37,7 @@ SIZES = [(48, 64), (48, 64), (64, 40)]
 MODULE = "import tiny\nfrom projects.serving.app import app, create_app, predictor_of_environment\n"
 GUNICORN = ["-w", "2", "--preload", "-k", "uvicorn.workers.UvicornWorker"]
 SERVERS = {
-    "uvicorn": ["-m", "uvicorn", "served:app", "--workers", "2"],
+    "uvicorn": ["-m", "uvicorn", "served:app", "--workers", "2", "--timeout-worker-healthcheck", "120"],
     "gunicorn, preload": ["-m", "gunicorn", "served:app", *GUNICORN],
     # What docs/serving.md warns of: the model is made and run, with two threads, before the fork.
     "gunicorn, forked after a warm-up": ["-m", "gunicorn", "warmed:app", *GUNICORN],
