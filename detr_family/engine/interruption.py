@@ -104,8 +104,8 @@ def explanation(error: BaseException, folder: str) -> UserError | None:
 
 def _handed_over(error: BaseException) -> bool:
     """Whether the error came while a tensor was taken over from another process of this machine."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return any(os.path.basename(frame.filename) == "resource_sharer.py" for frame in frames)
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(os.path.basename(file) == "resource_sharer.py" for file in files)
 
 
 def _in_folder(name: object, folder: str) -> bool:
