@@ -1,9 +1,9 @@
-"""Builds the two libraries of multi-scale deformable attention; setup.py passes its classes to setuptools.
+"""Builds the libraries with C++ and CUDA: deformable attention's two, and that of Winograd's convolutions.
 
-Both are plain shared libraries against torch's stable ABI (torch/csrc/stable): no pybind, no Python headers,
-one build for every Python and for torch 2.10 and later. So the compilers are called as they are, without
-torch's own machinery, which would refuse a toolkit of another version or a machine without a GPU for no need
-of ours.
+setup.py passes its classes to setuptools. They are plain shared libraries against torch's stable ABI
+(torch/csrc/stable): no pybind, no Python headers, one build for every Python and for torch 2.10 and later. So the
+compilers are called as they are, without torch's own machinery, which would refuse a toolkit of another version or a
+machine without a GPU for no need of ours.
 
 Nothing here ends an installation: what is missing is said in one line, and the package works without it,
 more slowly. FORCE_CUDA=1 makes a missing or failing CUDA toolkit an error. Other variables: CXX, CUDA_HOME,
@@ -38,22 +38,31 @@ class Missing(Exception):
 
 
 def extensions() -> list[Extension]:
-    """The CPU's library and CUDA's; optional, so that setuptools takes their absence."""
-    common = ["checks.h", "point.inl"]
+    """All are optional, so that setuptools takes their absence."""
+    of_attention = ["checks.h", "point.inl"]
+    on_cpu = ["every_instruction_set.inl", "instructions.h", "pages.h", "stored.h", "vectors.inl"]
     parts = {
-        "cpu": ("cpu.cpp", ["cpu_kernels.inl", "cpu_problem.h"]),
-        "cuda": ("cuda.cu", ["cuda_kernels.cuh", "cuda_params.h"]),
+        "_ms_deform_attn_cpu": ("cpu.cpp", [*of_attention, *on_cpu, "cpu_kernels.inl", "cpu_problem.h"]),
+        "_ms_deform_attn_cuda": ("cuda.cu", [*of_attention, "cuda_kernels.cuh", "cuda_params.h"]),
+        "_winograd_cpu": ("winograd.cpp", [*on_cpu, "winograd_kernels.inl", "winograd_problem.h"]),
     }
     return [
         Extension(
-            f"{PACKAGE}._ms_deform_attn_{kind}",
+            f"{PACKAGE}.{name}",
             [str(SOURCES / source)],
-            depends=[str(SOURCES / name) for name in common + more],
+            depends=[str(SOURCES / other) for other in depends],
             py_limited_api=True,
             optional=True,
         )
-        for kind, (source, more) in parts.items()
+        for name, (source, depends) in parts.items()
     ]
+
+
+WITHOUT = {
+    "_ms_deform_attn_cpu": "ms_deform_attn on CPU will take the slow pure-torch path",
+    "_ms_deform_attn_cuda": "ms_deform_attn on CUDA will take the slow pure-torch path",
+    "_winograd_cpu": "ResNets on CPU will take the slower pure-torch path",
+}
 
 
 def torch_folder() -> Path:
@@ -175,11 +184,7 @@ class BuildExt(build_ext):
             kept.unlink(missing_ok=True)  # so that none of older sources stays
             if kind == "cuda" and os.environ.get("FORCE_CUDA", "0") not in ("", "0"):
                 raise RuntimeError(f"FORCE_CUDA is set, but: {error}") from error
-            slower = "CPU" if kind == "cpu" else "CUDA"
-            print(
-                f"detr_family: ms_deform_attn on {slower} will take the slow pure-torch path: {error}",
-                file=sys.stderr,
-            )
+            print(f"detr_family: {WITHOUT[ext.name.rsplit('.', 1)[1]]}: {error}", file=sys.stderr)
 
     def command(self, kind: str, source: str) -> list[str]:
         """The one command that makes a library, but for where to."""

@@ -1,6 +1,6 @@
 """Packaging of detr_family. The version and the ranges of what it needs stand here and nowhere else.
 
-The two libraries of multi-scale deformable attention are optional: see build_ext.py.
+The libraries with C++ and CUDA are optional: see build_ext.py.
 """
 
 import sys

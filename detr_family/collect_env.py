@@ -1,6 +1,6 @@
 """What a bug report needs, in a few lines: python -m detr_family.collect_env
 
-torch, CUDA, Detectron2, and which path multi-scale deformable attention takes on this machine and why.
+torch, CUDA, Detectron2, and which paths multi-scale deformable attention and convolutions take here and why.
 """
 
 import platform
@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from detr_family.layers import deformable_attention_ops as ops
+from detr_family.layers import winograd
 
 
 def _version(package: str) -> str:
@@ -45,9 +46,9 @@ def collect_env() -> dict[str, str]:
     lines["torchvision"] = _version("torchvision")
     lines["detectron2"] = _detectron2()
     lines.update(ops.describe())
-    for kind in ("cpu", "cuda"):
-        if file := ops.library_file(kind):
-            lines[f"{kind} library"] = file
+    lines["3x3 convolutions on CPU"] = f"pure torch: {winograd.missing_reason}" if winograd.missing_reason else "native"
+    files = {"cpu": ops.library_file("cpu"), "cuda": ops.library_file("cuda"), "winograd": winograd.library_file()}
+    lines.update({f"{kind} library": file for kind, file in files.items() if file})
     devices = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for name in devices:
         device = torch.device(name)

@@ -25,6 +25,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 
+from detr_family.layers import winograd
 from detr_family.layers.attention import ProjectedAttention
 from detr_family.layers.position_encoding import SinePositionEncoding
 from detr_family.layers.prepared import (
@@ -32,12 +33,11 @@ from detr_family.layers.prepared import (
     PreparedConv2d,
     PreparedFeedForward,
     PreparedLinear,
+    PreparedPointwise,
     PreparedProjectedAttention,
     PreparedStem,
     kernels_work,
 )
-from detr_family.layers.winograd import CHANNELS as WINOGRAD_CHANNELS
-from detr_family.layers.winograd import WinogradConv2d
 from detr_family.modeling.set_detector import SetDetector
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -87,16 +87,16 @@ def optimize(model: SetDetector, *, precision: str = "float32") -> SetDetector:
 
 def _prepare_backbone(backbone: nn.Module, dtype: torch.dtype) -> None:
     """Residual blocks, stems and what else is a convolution, with their norms."""
-    winograd = _winograd_convolutions(backbone) if dtype == torch.float32 else set()
+    by_winograd = _winograd_convolutions(backbone, dtype)
     followers = {
         id(block) for stage in backbone.modules() if isinstance(stage, nn.Sequential) for block in list(stage)[1:]
     }
     module: Any
     for module in list(backbone.modules()):
         if isinstance(module, BottleneckBlock):
-            _replace_forward(module, _bottleneck, ("conv1", "conv2", "conv3"), dtype, winograd)
+            _replace_forward(module, _bottleneck, ("conv1", "conv2", "conv3"), dtype, by_winograd)
         elif isinstance(module, BasicBlock):
-            _replace_forward(module, _basic_block, ("conv1", "conv2"), dtype, winograd)
+            _replace_forward(module, _basic_block, ("conv1", "conv2"), dtype, by_winograd)
         elif isinstance(module, BasicStem) and _foldable(module.conv1) and _is_square(module.conv1):
             weight, bias = _folded(module.conv1)
             module.conv1 = PreparedStem(weight, bias, module.conv1.stride[0], module.conv1.padding[0], dtype=dtype)
@@ -105,13 +105,16 @@ def _prepare_backbone(backbone: nn.Module, dtype: torch.dtype) -> None:
             module.overwrites = True
 
 
-def _winograd_convolutions(backbone: nn.Module) -> set[int]:
+def _winograd_convolutions(backbone: nn.Module, dtype: torch.dtype) -> set[int]:
     """Ids of the convolutions of residual blocks that become Winograd's, those with the fewest weights first."""
-    wanted = [
-        block.conv2 if isinstance(block, BottleneckBlock) else block.conv1
-        for block in backbone.modules()
-        if isinstance(block, (BottleneckBlock, BasicBlock))
-    ]
+    if dtype != torch.float32 and winograd.missing_reason:
+        return set()  # bfloat16 multiplies faster than torch's operators transform
+    wanted: list[Any] = []
+    for block in backbone.modules():
+        if isinstance(block, BottleneckBlock):
+            wanted.append(block.conv2)
+        elif isinstance(block, BasicBlock):
+            wanted += [block.conv1, block.conv2]
     wanted = [
         conv
         for conv in wanted
@@ -119,7 +122,7 @@ def _winograd_convolutions(backbone: nn.Module) -> set[int]:
         and _foldable(conv)
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and conv.groups == 1
-        and min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS
+        and min(conv.in_channels, conv.out_channels) >= winograd.least_channels()
     ]
     chosen, room = set(), _WINOGRAD_BYTES
     for conv in sorted(wanted, key=lambda conv: conv.weight.numel()):
@@ -130,7 +133,7 @@ def _winograd_convolutions(backbone: nn.Module) -> set[int]:
 
 
 def _replace_forward(
-    block: nn.Module, forward: Callable[..., Tensor], relus: tuple[str, ...], dtype: torch.dtype, winograd: set[int]
+    block: nn.Module, forward: Callable[..., Tensor], relus: tuple[str, ...], dtype: torch.dtype, by_winograd: set[int]
 ) -> None:
     """Give a block of Detectron2's a forward whose convolutions do the ReLU, where all its norms can be folded."""
     names = [name for name in (*relus, "shortcut") if getattr(block, name, None) is not None]
@@ -138,9 +141,9 @@ def _replace_forward(
         return
     for name in names:
         conv = getattr(block, name)
-        if id(conv) in winograd:
+        if id(conv) in by_winograd:
             weight, bias = _folded(conv)
-            setattr(block, name, WinogradConv2d(weight, bias, relu=True))
+            setattr(block, name, winograd.WinogradConv2d(weight, bias, relu=True, dtype=dtype))
         else:
             setattr(block, name, _prepared_conv(conv, dtype, relu=name in relus))
     block.forward = functools.partial(forward, block)
@@ -198,8 +201,12 @@ def _folded(conv: Any) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def _prepared_conv(conv: Any, dtype: torch.dtype, relu: bool = False) -> PreparedConv2d:
+def _prepared_conv(conv: Any, dtype: torch.dtype, relu: bool = False) -> PreparedConv2d | PreparedPointwise:
     weight, bias = _folded(conv)
+    linear = conv.kernel_size == (1, 1) and _is_square(conv) and conv.padding == (0, 0) and _packed_linear_is_faster()
+    # In bfloat16 the layouts are one but where there is a stride, and oneDNN's own sums are not rounded between.
+    if linear and (dtype == torch.float32 or conv.stride != (1, 1)):
+        return PreparedPointwise(weight, bias, conv.stride[0], relu=relu, dtype=dtype)
     return PreparedConv2d(weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups, relu=relu, dtype=dtype)
 
 
@@ -305,7 +312,7 @@ def _winograd_is_faster() -> bool:
     """Whether a convolution of a ResNet's is faster by Winograd's method."""
     conv = nn.Conv2d(256, 256, 3, padding=1)
     x = torch.randn(1, 256, 32, 48, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
-    return _is_faster(WinogradConv2d(conv.weight, conv.bias), _prepared_conv(conv, torch.float32), x)
+    return _is_faster(winograd.WinogradConv2d(conv.weight, conv.bias), _prepared_conv(conv, torch.float32), x)
 
 
 @torch.no_grad()

@@ -13,8 +13,7 @@ registers; it has no derivative with respect to the reference points. Shapes are
 they come in, coordinates, weights and sums are float32 (float64 where the value is), the output has value's
 type and a gradient its input's. The forward keeps its inputs for the backward and nothing else.
 
-The kernels live in two shared libraries beside this file, built by setup.py against torch's stable ABI, so
-that one build serves torch 2.10 and later. Either may be missing: `missing_reason` says why.
+The kernels live in two shared libraries (libraries.py). Either may be missing: `missing_reason` says why.
 """
 
 import ctypes
@@ -24,19 +23,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent
+from detr_family.layers import libraries
+from detr_family.layers.libraries import REBUILD
+
 LIBRARIES = {"cpu": "_ms_deform_attn_cpu", "cuda": "_ms_deform_attn_cuda"}
 NATIVE_DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
     "cuda": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
 }
-REBUILD = "pip install -e . --no-build-isolation (it prints what it misses)"
 
 _INPUTS = "Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
 _PLAIN = _INPUTS + "Tensor sampling_locations, Tensor attention_weights, bool deterministic=False"
@@ -52,26 +51,13 @@ _ops = torch.ops.detr_family
 
 
 # ---------------------------------------------------------------------------------------------- libraries
-def _load(kind: str) -> tuple[ctypes.CDLL | None, str]:
-    """Loads one library: (handle, "") or (None, the reason in one line)."""
-    files = sorted(FOLDER.glob(LIBRARIES[kind] + ".*so")) + sorted(FOLDER.glob(LIBRARIES[kind] + "*.pyd"))
-    if not files:
-        missing = "a C++ compiler" if kind == "cpu" else "the CUDA toolkit (nvcc)"
-        return None, f"the {kind} library was not built; with {missing} installed, run {REBUILD}"
-    try:
-        torch.ops.load_library(str(files[0]))
-        return ctypes.CDLL(str(files[0])), ""
-    except (OSError, RuntimeError) as error:
-        return None, f"the {kind} library {files[0].name} does not load ({error}); run {REBUILD}"
-
-
-_loaded = {kind: _load(kind) for kind in LIBRARIES}
+_NEEDS = {"cpu": "a C++ compiler", "cuda": "the CUDA toolkit (nvcc)"}
+_loaded = {kind: libraries.load(library, kind, _NEEDS[kind]) for kind, library in LIBRARIES.items()}
 
 
 def library_file(kind: str) -> str | None:
     """Path of the loaded library, kind being "cpu" or "cuda"; None where there is none."""
-    handle = _loaded[kind][0]
-    return None if handle is None else str(handle._name)
+    return libraries.file_of(_loaded[kind][0])
 
 
 def _text(kind: str, symbol: str, *arguments: int) -> str:

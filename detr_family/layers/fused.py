@@ -84,13 +84,15 @@ class FoldedConv(NamedTuple):
     def __call__(self, x: Tensor, weight: Tensor, *, relu: bool) -> Tensor:
         """Convolve x (B, I, H, W) with the folded weight; no autograd."""
         if self._is_winograds(x):
-            return winograd.convolve(x, winograd.transformed(weight).transpose(1, 2), self.shift, relu=relu)
+            return winograd.convolve(x, winograd.filters(weight), self.shift, relu=relu)
         unary = "relu" if relu else "none"
         y: Tensor = _mkldnn._convolution_pointwise(x, weight, self.shift, *self.geometry, unary, [], "")
         return y
 
     def add(self, other: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Convolve and add (B, O, H', W'), then ReLU; no autograd."""
+        if self._is_winograds(x):
+            return self.add_to(other.clone(), x, weight)
         y: Tensor = _mkldnn._convolution_pointwise.binary(
             x, other, weight, self.shift, *self.geometry, "add", 1, "relu", [], ""
         )
@@ -98,6 +100,8 @@ class FoldedConv(NamedTuple):
 
     def add_to(self, sums: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """Convolve and add to (B, O, H', W'), which is overwritten, then ReLU; no autograd."""
+        if self._is_winograds(x):
+            return winograd.convolve(x, winograd.filters(weight), self.shift, relu=True, sums=sums)
         y: Tensor = _mkldnn._convolution_pointwise_.binary(
             sums, x, weight, self.shift, *self.geometry, "add", 1, "relu", [], ""
         )

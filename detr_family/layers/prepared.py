@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from detr_family.layers.attention import ProjectedAttention
 
 _CHUNK = 4 << 20  # bytes of a feed-forward network's hidden layer worked on at a time: they stay in the cache
+_SUM_CHUNK = 2 << 20  # bytes, for each thread, of a 1x1 convolution's result that are added at a time: the same
 _STRIP = 12 << 20  # bytes of the stem's convolution that wait for the pooling: fresh pages cost much time
 _USUAL_MAP = (50, 67)  # height and width of a feature map, to choose a layout for
 
@@ -207,6 +208,73 @@ class PreparedConv2d(Prepared):
             y = torch.ops.mkldnn._convolution_pointwise_.binary(
                 add, x, self.packed, self.bias, *self.geometry, "add", 1, "relu" if self.relu else None, [], ""
             )
+        return y
+
+
+class PreparedPointwise(Prepared):
+    """A 1x1 convolution as a linear layer, in channels-last layout.
+
+    oneDNN has several layouts for the weights of a 1x1 convolution and takes them by the size of the map. With a layout
+    that was chosen for another size it moves them at each call, at up to 30 times the convolution's own time.
+
+    Args:
+        weight: (O, I, 1, 1).
+        bias: (O,) or None.
+        stride: alike in both directions.
+        relu: apply ReLU to the result.
+        dtype: what is computed in; the result is of that type.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int,
+        *,
+        relu: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.out_channels, self.in_channels = weight.shape[:2]
+        self.stride = stride
+        self.dtype = dtype
+        self.relu = relu
+        plain = weight.detach().flatten(1).to(dtype).contiguous()
+        self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(plain), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
+        self.training = False
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I, 1, 1), for reading; the norm is in it."""
+        return _plain(self.packed)[:, :, None, None]
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Convolve.
+
+        Args:
+            x: (B, I, H, W).
+            add: (B, O, H', W') of the same type in channels-last layout, added to the result before ReLU; it is
+                overwritten.
+
+        Returns:
+            (B, O, H', W') in channels-last layout.
+        """
+        x = x.to(self.dtype)[:, :, :: self.stride, :: self.stride].permute(0, 2, 3, 1)
+        rows = x.reshape(-1, self.in_channels)
+        if add is None:
+            y: Tensor = self._linear(rows, "relu" if self.relu else "none")
+            return y.view(*x.shape[:3], self.out_channels).permute(0, 3, 1, 2)
+        sums = add.permute(0, 2, 3, 1).view(-1, self.out_channels)
+        at_once = max(_SUM_CHUNK * torch.get_num_threads() // (self.out_channels * self.dtype.itemsize), 64)
+        for part, total in zip(rows.split(at_once), sums.split(at_once), strict=True):
+            total.add_(self._linear(part, "none"))
+            if self.relu:
+                total.relu_()
+        return add
+
+    def _linear(self, rows: Tensor, unary: str) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, unary, [], "")
         return y
 
 

@@ -20,8 +20,14 @@ from detr_family.export import export_model
 from detr_family.inference import Predictor
 from detr_family.inference import preparing as module
 from detr_family.inference.preparing import optimize
-from detr_family.layers import prepared
-from detr_family.layers.prepared import PreparedConv2d, PreparedFeedForward, PreparedLinear, PreparedStem
+from detr_family.layers import prepared, winograd
+from detr_family.layers.prepared import (
+    PreparedConv2d,
+    PreparedFeedForward,
+    PreparedLinear,
+    PreparedPointwise,
+    PreparedStem,
+)
 from detr_family.layers.winograd import WinogradConv2d
 
 
@@ -81,7 +87,9 @@ def test_a_resnets_norms_are_folded(depth: int, packed: bool) -> None:
         plain = model.backbone(images)["res5"]
         found = optimize(model).backbone(images)["res5"]
     torch.testing.assert_close(found, plain, atol=1e-4 * float(plain.abs().max()), rtol=0)
-    convolutions = [m for m in model.backbone.modules() if isinstance(m, (PreparedConv2d, WinogradConv2d))]
+    convolutions = [
+        m for m in model.backbone.modules() if isinstance(m, (PreparedConv2d, PreparedPointwise, WinogradConv2d))
+    ]
     assert len(convolutions) == {18: 20, 50: 53}[depth]
     assert not any("BatchNorm" in type(m).__name__ for m in model.backbone.modules())
     again = optimize(model).backbone(images)["res5"]  # what is prepared stays so
@@ -254,16 +262,47 @@ def test_blocks_overwrite_nothing_that_is_wanted(
     assert torch.equal(x, before)
 
 
-def test_winograd_takes_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_winograd_takes_no_more_memory_than_it_may(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "missing_reason", "" if native else "not built")
     monkeypatch.setattr(module, "_winograd_is_faster", lambda: True)
     backbone = build_backbone(resnet_cfg("DETR", 50))
-    chosen = {id(conv): conv for conv in backbone.modules() if id(conv) in module._winograd_convolutions(backbone)}
-    assert sorted(conv.out_channels for conv in chosen.values()) == [128] * 3 + [256] * 5 + [512]
-    monkeypatch.setattr(module, "_WINOGRAD_BYTES", 20 << 20)
-    few = [conv.out_channels for conv in chosen.values() if id(conv) in module._winograd_convolutions(backbone)]
-    assert sorted(few) == [128] * 3 + [256] * 2
+
+    def channels(dtype: torch.dtype = torch.float32) -> list[int]:
+        chosen = module._winograd_convolutions(backbone, dtype)
+        return sorted(m.out_channels for m in backbone.modules() if id(m) in chosen)
+
+    small = [64] * 3 if native else []
+    every = [*small, *[128] * 3, *[256] * 5, 512]
+    assert channels() == every
+    assert channels(torch.bfloat16) == (every if native else [])
+    monkeypatch.setattr(module, "_WINOGRAD_BYTES", 22 << 20)
+    assert channels() == [*small, *[128] * 3, *[256] * 2]
     monkeypatch.setattr(module, "_winograd_is_faster", lambda: False)
-    assert not module._winograd_convolutions(backbone)
+    assert not channels()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_1x1_convolution_is_a_linear_layer(
+    relu: bool, stride: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepared, "_SUM_CHUNK", 1)  # 64 rows at a time
+    conv = nn.Conv2d(5, 6, 1, stride=stride)
+    x = torch.randn(2, 5, 13, 17)
+    layer = PreparedPointwise(conv.weight, conv.bias, stride, relu=relu, dtype=dtype)
+    near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.02}
+    expected = conv(x)
+    sums = torch.randn_like(expected).contiguous(memory_format=torch.channels_last)
+    for add, want in ((None, expected), (sums, expected + sums)):
+        add = None if add is None else add.to(dtype)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            found = layer(x.contiguous(memory_format=layout), None if add is None else add.clone())
+            assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(found.float(), want.relu() if relu else want, **near)
+    torch.testing.assert_close(layer.weight.float(), conv.weight.detach(), atol=0.01, rtol=0)
+    assert layer(x[:0]).shape == (0, *expected.shape[1:])
 
 
 def test_a_kept_encoding_may_be_dropped_by_another_thread_at_any_moment() -> None:

@@ -95,13 +95,23 @@ def test_block_with_frozen_weights(trained: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("wants_x", [True, False])
-@pytest.mark.parametrize(("name", "forward"), [("bottleneck", 1), ("basic", 0)])  # a last convolution adds, too
-def test_block_by_winograds_method(name: str, forward: int, wants_x: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "CHANNELS", 8)
-    monkeypatch.setitem(BLOCKS, "bottleneck", lambda: bottleneck(stride=1))
-    calls = count(monkeypatch, "convolve", winograd), count(monkeypatch, "gradients", winograd)
-    check(stage(name), torch.randn(2, 12, 16, 20, generator=torch.Generator().manual_seed(2)), wants_x)
-    assert [len(x) for x in calls] == [forward, 1]
+@pytest.mark.parametrize("width", [8, 32])  # torch's operators, and the library's
+@pytest.mark.parametrize(("block", "times"), [("bottleneck", 1), ("basic", 1), ("basic, no shortcut", 2)])
+def test_block_by_winograds_method(
+    block: str, times: int, width: int, wants_x: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = {
+        "bottleneck": lambda: bottleneck(in_channels=width, bottleneck_channels=width, stride=1),
+        "basic": lambda: BasicBlock(width, 2 * width, stride=2, norm="FrozenBN"),
+        "basic, no shortcut": lambda: BasicBlock(width, width, norm="FrozenBN"),
+    }
+    monkeypatch.setattr(winograd, "least_channels", lambda: 8)
+    monkeypatch.setitem(BLOCKS, "block", blocks[block])
+    forward, backward = count(monkeypatch, "convolve", winograd), count(monkeypatch, "gradients", winograd)
+    x = torch.randn(2, width, 16, 24, generator=torch.Generator().manual_seed(2))
+    check(stage("block"), x, wants_x)
+    of_inputs = times - (block == "basic, no shortcut" and not wants_x)  # the first's, if its input wants none
+    assert (len(forward), len(backward)) == (times + of_inputs, times)
 
 
 def test_frozen_stem_equals_plain_one() -> None:

@@ -8,91 +8,21 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "checks.h"
 #include "cpu_problem.h"
+#include "instructions.h"
+#include "pages.h"
 
-#if defined(__GNUC__)
-#define DETR_INLINE inline __attribute__((always_inline))
-#else
-#define DETR_INLINE inline
-#endif
+#define DETR_KERNELS "cpu_kernels.inl"
+#include "every_instruction_set.inl"
 
 namespace detr_family {
-
-#define VECTOR_BYTES 16
-namespace generic {
-#include "cpu_kernels.inl"
-}
-#undef VECTOR_BYTES
-
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define DETR_X86 1
-#define VECTOR_BYTES 32
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-#include "cpu_kernels.inl"
-}
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#undef VECTOR_BYTES
-
-#define VECTOR_BYTES 64
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
-#endif
-namespace avx512 {
-#include "cpu_kernels.inl"
-}
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#undef VECTOR_BYTES
-#endif
-
 namespace {
-
-enum class Instructions { generic, avx2, avx512 };
-
-Instructions instructions() {
-  static const Instructions chosen = [] {
-#if defined(DETR_X86)
-    const char* wanted = std::getenv("DETR_FAMILY_CPU_INSTRUCTIONS");  // to test what this machine would not take
-    const std::string most = wanted == nullptr ? "avx512" : wanted;
-    const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has512 = has2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    if (has512 && most == "avx512") return Instructions::avx512;
-    if (has2 && most != "generic") return Instructions::avx2;
-#endif
-    return Instructions::generic;
-  }();
-  return chosen;
-}
 
 template <typename T>
 Kernels<T> choose(int32_t channels) {
@@ -101,24 +31,6 @@ Kernels<T> choose(int32_t channels) {
   if (instructions() == Instructions::avx2) return avx2::kernels<T>(channels);
 #endif
   return generic::kernels<T>(channels);
-}
-
-// Asks for huge pages where a result of megabytes is not in memory yet, and has the threads touch a piece each. Otherwise
-// every 4 KiB of a result cost a fault in the middle of the work, for which several threads wait in line.
-void prepare_pages(const Tensor& result, int64_t element_size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t huge = uintptr_t(2) << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.data_ptr());
-  const uintptr_t first = (begin + huge - 1) / huge * huge;
-  const uintptr_t last = (begin + uintptr_t(result.numel() * element_size)) / huge * huge;
-  if (first >= last || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return;
-  torch::stable::parallel_for(0, int64_t((last - first) / huge), 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) *reinterpret_cast<volatile char*>(first + uintptr_t(i) * huge) = 0;
-  });
-#else
-  (void)result;
-  (void)element_size;
-#endif
 }
 
 // Below this many corners per token of a level a copy costs more than it saves; the backward writes one back, too.

@@ -3,10 +3,9 @@
 
 #include <cstdint>
 
-namespace detr_family {
+#include "stored.h"
 
-// How the value, its gradient and the output lie in memory: as what is computed with, or in 16 bits.
-enum class Stored { same, bfloat16, half };
+namespace detr_family {
 
 // T is float or double; everything is contiguous but for `value` and `grad_value`, whose token (b, m, s) begins at
 // b * batch_stride + m * head_stride + s * row_stride.
