@@ -121,7 +121,7 @@ def load(filename: str) -> dict[str, Any]:
                 "it is mmdetection's and holds objects of it, which are not loaded: load the weights of the paper's "
                 "authors, of detrex or of transformers"
             ) from error
-        told = None if head.startswith(b"PK") else told_by_head(filename)
+        told = None if head.startswith(b"PK") else told_by_head(filename, "the checkpoint (.pth or .safetensors)")
         if told:
             raise ValueError(f"it is {told[0]}. {told[1]}") from error
         raise ValueError(_why_not(error)) from error

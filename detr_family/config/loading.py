@@ -101,7 +101,7 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the _BASE_ of the config file {path} is not there: {error.filename}") from error
     except UnicodeDecodeError as error:
-        told = told_by_head(path)
+        told = told_by_head(path, "the config file (.yaml)")
         what = f"it is {told[0]}. {told[1]}" if told else f"it is not in UTF-8 ({error}): save it so"
         raise ValueError(f"the config file {path} cannot be read: {what}") from error
 

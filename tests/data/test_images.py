@@ -17,8 +17,10 @@ from engine_runs import run_cfg
 from PIL import Image
 
 from detr_family.analysis.loading import map_image
+from detr_family.checkpoint.files import load as load_weights
 from detr_family.commands.data_check import draw_training_images
 from detr_family.config import load_config
+from detr_family.contents import told_by_head
 from detr_family.data.check import image_findings, read_part
 from detr_family.data.dataset_mapper import DETRDatasetMapper
 from detr_family.data.datasets.coco import check_images, register_coco_format
@@ -186,7 +188,10 @@ HEADS = [
     (b"%PDF-1.7", "a PDF document", "Make images of its pages"),
     (b"<svg xmlns='a'>", "SVG", "convert it"),
     (b"\x00\x00\x00\x20ftypisom", "a video", "Take its frames out"),
+    (b"\x93NUMPY\x01", "an array of numpy", "Save it as an image"),
+    (b"\x00" * 128 + b"DICM", "DICOM", "Convert its frames"),
 ]
+OF_IMAGES = ("Convert it to JPEG", "Make images", "Take its frames out", "Save it as an image", "Convert its frames")
 
 
 @pytest.mark.parametrize("head, what, remedy", HEADS, ids=[what for _, what, _ in HEADS])
@@ -194,13 +199,28 @@ def test_files_that_are_something_else_are_told_by_what_they_are(
     head: bytes, what: str, remedy: str, tmp_path: Path
 ) -> None:
     image, annotations = tmp_path / "a.jpg", tmp_path / "a.json"
-    for path, read, beginning in (
-        (image, lambda: read_image(str(image), "RGB"), f"The image {image} cannot be read: it is "),
-        (annotations, lambda: read_coco_json(str(annotations), str(tmp_path)), ".*the file is not JSON: it is "),
+    weights = tmp_path / "a.pth"
+    other = remedy.startswith(OF_IMAGES)  # a remedy for images is none for what is no image
+    for path, read, beginning, instead in (
+        (image, lambda: read_image(str(image), "RGB"), f"The image {image} cannot be read: it is ", ""),
+        (
+            annotations,
+            lambda: read_coco_json(str(annotations), str(tmp_path)),
+            ".*the file is not JSON: it is ",
+            "the annotation file",
+        ),
+        (weights, lambda: load_weights(str(weights)), "it is ", "the checkpoint"),
     ):
         path.write_bytes(head)
-        with pytest.raises(ValueError, match=f"^{beginning}{what}.*{remedy}"):
+        helps = f"Name {instead}" if other and instead else remedy
+        with pytest.raises(ValueError, match=f"^{beginning}{what}.*{helps}"):
             read()
+
+
+def test_an_image_is_told_where_none_is_wanted(coco_folder: Path) -> None:
+    image = str(coco_folder / "a.png")
+    assert told_by_head(image) is None
+    assert told_by_head(image, "the checkpoint") == ("a PNG image", "Name the checkpoint instead.")
 
 
 def test_a_format_that_there_is_not_is_no_fault_of_the_file(coco_folder: Path) -> None:

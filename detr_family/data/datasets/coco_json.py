@@ -205,7 +205,7 @@ def no_json(json_file: str, error: Exception) -> tuple[str, str]:
         json_file: its path.
         error: what reading it raised.
     """
-    if told := told_by_head(json_file):
+    if told := told_by_head(json_file, "the annotation file (.json)"):
         return f"the file is not JSON: it is {told[0]}", told[1]
     place, remedy = "", "Export it again in COCO format."
     if isinstance(error, json.JSONDecodeError):
