@@ -254,8 +254,7 @@ class PreparedPointwise(Prepared):
 
         Args:
             x: (B, I, H, W).
-            add: (B, O, H', W') of the same type in channels-last layout, added to the result before ReLU; it is
-                overwritten.
+            add: (B, O, H', W') of the same type, added to the result before ReLU; it may be overwritten.
 
         Returns:
             (B, O, H', W') in channels-last layout.
@@ -265,6 +264,7 @@ class PreparedPointwise(Prepared):
         if add is None:
             y: Tensor = self._linear(rows, "relu" if self.relu else "none")
             return y.view(*x.shape[:3], self.out_channels).permute(0, 3, 1, 2)
+        add = add.contiguous(memory_format=torch.channels_last)
         sums = add.permute(0, 2, 3, 1).view(-1, self.out_channels)
         at_once = max(_SUM_CHUNK * torch.get_num_threads() // (self.out_channels * self.dtype.itemsize), 64)
         for part, total in zip(rows.split(at_once), sums.split(at_once), strict=True):

@@ -9,7 +9,8 @@ A library in C++ (csrc/winograd.cpp) does all of it while tiles are in the cache
 no multiples of 32, torch's operators do (winograd_torch.py), which gains less.
 
     torch.ops.detr_family.winograd_filters(weight, backwards) -> filters
-    torch.ops.detr_family.winograd_convolve(x, filters, bias, relu, sums) -> y
+    torch.ops.detr_family.winograd_convolve(x, filters, bias, relu) -> y
+    torch.ops.detr_family.winograd_add_(sums, x, filters, bias, relu) -> sums
     torch.ops.detr_family.winograd_filter_gradients(grad, x) -> weight's gradient
 """
 
@@ -28,7 +29,9 @@ _PANEL = 32  # channels are multiples of it in the library
 
 _library = torch.library.Library("detr_family", "FRAGMENT")
 _library.define("winograd_filters(Tensor weight, bool backwards) -> Tensor")
-_library.define("winograd_convolve(Tensor x, Tensor filters, Tensor? bias, bool relu, Tensor(a!)? sums) -> Tensor")
+_CONVOLUTION = "Tensor x, Tensor filters, Tensor? bias, bool relu"
+_library.define(f"winograd_convolve({_CONVOLUTION}) -> Tensor")
+_library.define(f"winograd_add_(Tensor(a!) sums, {_CONVOLUTION}) -> Tensor(a!)")
 _library.define("winograd_filter_gradients(Tensor grad, Tensor x) -> Tensor")
 _ops: Any = torch.ops.detr_family
 _handle, missing_reason = libraries.load(LIBRARY, "winograd", "a C++ compiler")
@@ -85,14 +88,20 @@ def convolve(
         filters: of `filters`.
         bias: (O,), float32.
         relu: apply ReLU to the result.
-        sums: (B, O, H, W) of x's type in channels-last layout, added to the result before ReLU; it is overwritten.
+        sums: (B, O, H, W) of x's type, added to the result before ReLU; in channels-last layout it is overwritten.
 
     Returns:
         (B, O, H, W) of x's type in channels-last layout.
     """
+    if sums is not None:
+        sums = sums.contiguous(memory_format=torch.channels_last)
     if filters.ndim == 4:  # the library's
-        rows, to = x.permute(0, 2, 3, 1).contiguous(), None if sums is None else sums.permute(0, 2, 3, 1)
-        native: Tensor = _ops.winograd_convolve(rows, filters, bias, relu, to)
+        rows = x.permute(0, 2, 3, 1).contiguous()
+        native: Tensor
+        if sums is None:
+            native = _ops.winograd_convolve(rows, filters, bias, relu)
+            return native.permute(0, 3, 1, 2)
+        native = _ops.winograd_add_(sums.permute(0, 2, 3, 1), rows, filters, bias, relu)
         return native.permute(0, 3, 1, 2)
     y = winograd_torch.convolve(x.float(), filters, bias, relu and sums is None).to(x.dtype)
     if sums is None:
@@ -158,7 +167,7 @@ class WinogradConv2d(Prepared):
 
         Args:
             x: (B, I, H, W).
-            add: (B, O, H, W) of `dtype`, added to the result before ReLU; it is overwritten.
+            add: (B, O, H, W) of `dtype`, added to the result before ReLU; it may be overwritten.
 
         Returns:
             (B, O, H, W) in channels-last layout.

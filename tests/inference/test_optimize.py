@@ -295,7 +295,7 @@ def test_a_1x1_convolution_is_a_linear_layer(
     near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.02}
     expected = conv(x)
     sums = torch.randn_like(expected).contiguous(memory_format=torch.channels_last)
-    for add, want in ((None, expected), (sums, expected + sums)):
+    for add, want in ((None, expected), (sums, expected + sums), (sums.contiguous(), expected + sums)):
         add = None if add is None else add.to(dtype)
         for layout in (torch.contiguous_format, torch.channels_last):
             found = layer(x.contiguous(memory_format=layout), None if add is None else add.clone())

@@ -58,6 +58,8 @@ def test_sums_are_added_to(channels: tuple[int, int], relu: bool) -> None:
     found = winograd.convolve(x, winograd.filters(weight), bias, relu=relu, sums=given)
     check(found, expected.relu() if relu else expected)
     assert found.data_ptr() == given.data_ptr()
+    found = winograd.convolve(x, winograd.filters(weight), bias, relu=relu, sums=sums)  # in the usual layout
+    check(found, expected.relu() if relu else expected)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -106,13 +108,13 @@ def test_the_library_refuses_what_it_would_misread() -> None:
     ops = torch.ops.detr_family
     x, filters = torch.zeros(1, 4, 4, 32), torch.zeros(36, 1, 32, 32)
     for call, message in (
-        (lambda: ops.winograd_convolve(x.transpose(1, 2), filters, None, False, None), "x must be contiguous"),
-        (lambda: ops.winograd_convolve(x[0], filters, None, False, None), "of 4 dimensions"),
-        (lambda: ops.winograd_convolve(x.double(), filters, None, False, None), "x must be float32, not Double"),
-        (lambda: ops.winograd_convolve(x[..., :31].contiguous(), filters, None, False, None), "has 31 channels"),
-        (lambda: ops.winograd_convolve(torch.zeros(1, 4, 4, 64), filters, None, False, None), "other channels"),
-        (lambda: ops.winograd_convolve(x, filters, torch.zeros(31), False, None), "bias is for other channels"),
-        (lambda: ops.winograd_convolve(x, filters, None, False, x[:, :3].contiguous()), "sums must have the shape"),
+        (lambda: ops.winograd_convolve(x.transpose(1, 2), filters, None, False), "x must be contiguous"),
+        (lambda: ops.winograd_convolve(x[0], filters, None, False), "of 4 dimensions"),
+        (lambda: ops.winograd_convolve(x.double(), filters, None, False), "x must be float32, not Double"),
+        (lambda: ops.winograd_convolve(x[..., :31].contiguous(), filters, None, False), "has 31 channels"),
+        (lambda: ops.winograd_convolve(torch.zeros(1, 4, 4, 64), filters, None, False), "other channels"),
+        (lambda: ops.winograd_convolve(x, filters, torch.zeros(31), False), "bias is for other channels"),
+        (lambda: ops.winograd_add_(x[:, :3].contiguous(), x, filters, None, False), "sums must have the shape"),
         (lambda: ops.winograd_filters(torch.zeros(32, 32, 1, 1), False), "filters must be 3x3"),
         (lambda: ops.winograd_filters(torch.zeros(32, 33, 3, 3), False), "weight has 33 channels"),
         (lambda: ops.winograd_filter_gradients(x, torch.zeros(1, 4, 5, 32)), "of another size than x"),
@@ -121,7 +123,7 @@ def test_the_library_refuses_what_it_would_misread() -> None:
         with pytest.raises(RuntimeError, match=message):
             call()
     for empty in (torch.zeros(0, 4, 4, 32), torch.zeros(1, 0, 4, 32)):
-        assert ops.winograd_convolve(empty, filters, None, False, None).shape == empty.shape
+        assert ops.winograd_convolve(empty, filters, None, False).shape == empty.shape
         assert not ops.winograd_filter_gradients(empty, empty).any()
 
 

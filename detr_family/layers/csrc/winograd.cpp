@@ -95,9 +95,9 @@ Tensor filters(Tensor weight, bool backwards) {
   return result;
 }
 
-// x: B x H x W x I; filters: 36 x O/32 x I x 32; bias: O -> B x H x W x O of x's type; `sums`, of that shape and type, is
-// added to before ReLU, and returned.
-Tensor convolve(Tensor x, Tensor filters, std::optional<Tensor> bias, bool relu, std::optional<Tensor> sums) {
+// Convolves into a new tensor or, where `sums` is given, adds to that.
+Tensor convolve_into(const Tensor* sums, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& bias,
+                     bool relu) {
   const Map map = map_of("x", x);
   check_tensor("filters", filters, 4);
   check_float("filters", filters);
@@ -111,15 +111,15 @@ Tensor convolve(Tensor x, Tensor filters, std::optional<Tensor> bias, bool relu,
     STD_TORCH_CHECK(bias->size(0) == result.channels, "winograd: the bias is for other channels than the filters");
     result.bias = data(*bias);
   }
-  if (sums.has_value()) {
+  if (sums != nullptr) {
     const Map of_sums = map_of("sums", *sums);
     STD_TORCH_CHECK(sums->size(0) == x.size(0) && of_sums.height == map.height && of_sums.width == map.width &&
                         of_sums.channels == result.channels && of_sums.stored == map.stored,
                     "winograd: sums must have the shape and the type of the result");
     result.add = true;
   }
-  Tensor y = sums.has_value() ? *sums
-                              : torch::stable::new_empty(x, {x.size(0), map.height, map.width, result.channels});
+  Tensor y = sums != nullptr ? *sums
+                             : torch::stable::new_empty(x, {x.size(0), map.height, map.width, result.channels});
   if (map.stored == Stored::same)
     result.numbers = data(y);
   else
@@ -152,6 +152,16 @@ Tensor convolve(Tensor x, Tensor filters, std::optional<Tensor> bias, bool relu,
     }
   });
   return y;
+}
+
+// x: B x H x W x I; filters: 36 x O/32 x I x 32; bias: O -> B x H x W x O of x's type.
+Tensor convolve(Tensor x, Tensor filters, std::optional<Tensor> bias, bool relu) {
+  return convolve_into(nullptr, x, filters, bias, relu);
+}
+
+// The same, added to `sums`, which has the result's shape and type, before ReLU.
+Tensor add(Tensor sums, Tensor x, Tensor filters, std::optional<Tensor> bias, bool relu) {
+  return convolve_into(&sums, x, filters, bias, relu);
 }
 
 // grad: B x H x W x O; x: B x H x W x I, both float32 -> (O, I, 3, 3).
@@ -196,5 +206,6 @@ Tensor filter_gradients(Tensor grad, Tensor x) {
 STABLE_TORCH_LIBRARY_IMPL(detr_family, CPU, m) {
   m.impl("winograd_filters", TORCH_BOX(&detr_family::filters));
   m.impl("winograd_convolve", TORCH_BOX(&detr_family::convolve));
+  m.impl("winograd_add_", TORCH_BOX(&detr_family::add));
   m.impl("winograd_filter_gradients", TORCH_BOX(&detr_family::filter_gradients));
 }
