@@ -61,7 +61,7 @@ def extensions() -> list[Extension]:
 WITHOUT = {
     "_ms_deform_attn_cpu": "ms_deform_attn on CPU will take the slow pure-torch path",
     "_ms_deform_attn_cuda": "ms_deform_attn on CUDA will take the slow pure-torch path",
-    "_winograd_cpu": "ResNets on CPU will take the slower pure-torch path",
+    "_winograd_cpu": "3x3 convolutions on CPU will be slower",
 }
 
 

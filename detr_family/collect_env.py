@@ -46,7 +46,9 @@ def collect_env() -> dict[str, str]:
     lines["torchvision"] = _version("torchvision")
     lines["detectron2"] = _detectron2()
     lines.update(ops.describe())
-    lines["3x3 convolutions on CPU"] = f"pure torch: {winograd.missing_reason}" if winograd.missing_reason else "native"
+    lines["3x3 convolutions on CPU"] = (
+        f"without Winograd's in C++: {winograd.missing_reason}" if winograd.missing_reason else "Winograd's in C++"
+    )
     files = {"cpu": ops.library_file("cpu"), "cuda": ops.library_file("cuda"), "winograd": winograd.library_file()}
     lines.update({f"{kind} library": file for kind, file in files.items() if file})
     devices = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]

@@ -3,7 +3,8 @@
 - Frozen batch norms become part of their convolutions, ReLU and the residual sum part of the kernel, activations lie
   channels-last. Blocks add to their input's memory, and the stem is pooled strip by strip: pages that are touched for
   the first time cost as much as the arithmetic.
-- 3x3 convolutions are Winograd's, where that is faster on this processor; 1x1 convolutions are linear layers.
+- Most 3x3 convolutions of stride 1 are Winograd's, where that is faster on this processor; in float32 1x1 convolutions
+  are linear layers.
 - Linear layers keep their weights in oneDNN's layout where that is faster on this processor; feed-forward networks run
   a few tokens at a time, so that the hidden layer stays in the cache.
 - The encoding of positions is kept for each size of image that is not padded.
@@ -57,7 +58,8 @@ def optimize(model: SetDetector, *, precision: str = "float32") -> SetDetector:
         model: on the CPU. It can be neither trained, saved nor moved any more: that is an error. A layer's `weight`
             can be read.
         precision: "float32": results equal the plain detector's to rounding (scores within 1e-4). "bfloat16":
-            convolutions and linear layers compute in it, boxes and scores are predicted in float32.
+            convolutions and linear layers compute in it (Winograd's in float32 between maps of it), boxes and scores
+            are predicted in float32.
 
     Returns:
         The same model, in evaluation mode.
@@ -118,8 +120,9 @@ def _prepare_backbone(backbone: nn.Module, dtype: torch.dtype) -> None:
 
 def _winograd_convolutions(backbone: nn.Module, dtype: torch.dtype) -> set[int]:
     """Ids of the convolutions of residual blocks that become Winograd's, those with the fewest weights first."""
-    if dtype != torch.float32 and winograd.missing_reason:
-        return set()  # bfloat16 multiplies faster than torch's operators transform
+    narrow = dtype != torch.float32
+    if narrow and (_has_tiles() or not torch.backends.cpu.get_cpu_capability().startswith("AVX")):
+        return set()  # bfloat16's direct convolution was measured against it on AVX512-BF16 alone
     wanted: list[Any] = []
     for block in backbone.modules():
         if isinstance(block, BottleneckBlock):
@@ -133,7 +136,8 @@ def _winograd_convolutions(backbone: nn.Module, dtype: torch.dtype) -> set[int]:
         and _foldable(conv)
         and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and conv.groups == 1
-        and min(conv.in_channels, conv.out_channels) >= winograd.least_channels()
+        and min(conv.in_channels, conv.out_channels) >= winograd.least_channels(conv.in_channels, conv.out_channels)
+        and (not narrow or winograd.is_native(conv.in_channels, conv.out_channels))
     ]
     chosen, room = set(), _WINOGRAD_BYTES
     for conv in sorted(wanted, key=lambda conv: conv.weight.numel()):
@@ -301,13 +305,20 @@ class KeptEncoding(nn.Module):
 
 
 @functools.cache
-def _has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 (read from the system's description; True where there is none)."""
+def _processor() -> str:
+    """What the system says of the processor; "" where it says nothing."""
     description = Path("/proc/cpuinfo")
-    if not description.is_file():
-        return True
-    text = description.read_text(errors="replace")
-    return any(word in text for word in ("avx512_bf16", "amx_bf16", " bf16"))
+    return description.read_text(errors="replace") if description.is_file() else ""
+
+
+def _has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16; True where that is not known."""
+    return not _processor() or any(word in _processor() for word in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def _has_tiles() -> bool:
+    """Whether it multiplies whole tiles of bfloat16 at a time (AMX)."""
+    return "amx_bf16" in _processor()
 
 
 @functools.cache

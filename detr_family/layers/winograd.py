@@ -42,9 +42,14 @@ def library_file() -> str | None:
     return libraries.file_of(_handle)
 
 
-def least_channels() -> int:
-    """Channels of input and result for which the method is faster than a direct convolution."""
-    return 128 if missing_reason else 32
+def is_native(*channels: int) -> bool:
+    """Whether the library is there and takes these channels of input and result."""
+    return not missing_reason and all(number % _PANEL == 0 for number in channels)
+
+
+def least_channels(*channels: int) -> int:
+    """How many channels of input and result it takes to be faster than a direct convolution, of such as these."""
+    return 32 if is_native(*channels) else 128
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
@@ -53,12 +58,16 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     pixels = len(x) * x.shape[2] * x.shape[3]
     tiles = len(x) * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
     # Filters are transformed in each step, which a number of tiles must outweigh; so must results beyond the rim.
-    if _is_native(*channels):
+    if is_native(*channels):
         enough = tiles >= 12 and 16 * tiles <= 1.6 * pixels
     else:
         enough = 5 * tiles >= max(channels) and 16 * tiles <= 1.3 * pixels
     # On processors other than these it was not measured.
-    return enough and min(channels) >= least_channels() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return (
+        enough
+        and min(channels) >= least_channels(*channels)
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    )
 
 
 def filters(weight: Tensor, *, backwards: bool = False) -> Tensor:
@@ -72,7 +81,7 @@ def filters(weight: Tensor, *, backwards: bool = False) -> Tensor:
         In an order of the path's own that computes these channels.
     """
     weight = weight.detach()
-    if _is_native(*weight.shape[:2]):
+    if is_native(*weight.shape[:2]):
         native: Tensor = _ops.winograd_filters(weight.contiguous(), backwards)
         return native
     return winograd_torch.filters(weight, backwards)
@@ -88,7 +97,8 @@ def convolve(
         filters: of `filters`.
         bias: (O,), float32.
         relu: apply ReLU to the result.
-        sums: (B, O, H, W) of x's type, added to the result before ReLU; in channels-last layout it is overwritten.
+        sums: (B, O, H, W) of x's type, added to the result before ReLU; in channels-last layout it is overwritten. It
+            must not share memory with x.
 
     Returns:
         (B, O, H, W) of x's type in channels-last layout.
@@ -127,15 +137,10 @@ def gradients(
     grad_x = convolve(grad, filters(weight, backwards=True), None) if wants_x else None
     if not wants_weight:
         return grad_x, None
-    if _is_native(*weight.shape[:2]):
+    if is_native(*weight.shape[:2]):
         native: Tensor = _ops.winograd_filter_gradients(*(t.permute(0, 2, 3, 1).contiguous() for t in (grad, x)))
         return grad_x, native
     return grad_x, winograd_torch.filter_gradients(grad, x)
-
-
-def _is_native(*channels: int) -> bool:
-    """Whether the library takes these channels."""
-    return not missing_reason and all(number % _PANEL == 0 for number in channels)
 
 
 class WinogradConv2d(Prepared):
@@ -150,6 +155,17 @@ class WinogradConv2d(Prepared):
 
     packed: Tensor
     bias: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I, 3, 3), for reading; the norm is in it."""
+        u = self.packed
+        if u.ndim == 4:  # the library's: 36 x O/32 x I x 32
+            u = u.transpose(1, 2).flatten(2)
+        u = u.unflatten(0, (6, 6))
+        for _ in range(2):  # three numbers are had from six: the transform's first and last row, and two's difference
+            u = torch.stack([4 * u[0], 3 * (u[2] - u[1]), u[5]]).transpose(0, 1)
+        return u.permute(3, 2, 0, 1).contiguous()
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, *, relu: bool = False, dtype: torch.dtype = torch.float32

@@ -51,6 +51,8 @@ def convolve(x: Tensor, filters: Tensor, bias: Tensor | None, relu: bool) -> Ten
     """The convolution of x (B, I, H, W), float32, with padding 1: (B, O, H, W) in channels-last layout."""
     batch, channels, height, width = x.shape
     out = filters.shape[2]
+    if not x.numel():
+        return x.new_zeros(batch, height, width, out).permute(0, 3, 1, 2)
     rows, down, right = _padded(x)
     inverse = torch.tensor(_INVERSE)
     result = rows.new_empty(batch, height, width, out)
@@ -72,6 +74,8 @@ def filter_gradients(grad: Tensor, x: Tensor) -> Tensor:
     """The filters' gradient (O, I, 3, 3) from that of the result (B, O, H, W) and x (B, I, H, W), float32."""
     out, channels = grad.shape[1], x.shape[1]
     batch, _, height, width = x.shape
+    if not x.numel():
+        return x.new_zeros(out, channels, 3, 3)
     rows, down, right = _padded(x)
     grad = F.pad(grad.permute(0, 2, 3, 1), (0, 0, 0, 4 * right - width, 0, 4 * down - height)).contiguous()
     inverse = torch.tensor(_INVERSE).t()

@@ -91,6 +91,11 @@ def test_a_resnets_norms_are_folded(depth: int, packed: bool) -> None:
         m for m in model.backbone.modules() if isinstance(m, (PreparedConv2d, PreparedPointwise, WinogradConv2d))
     ]
     assert len(convolutions) == {18: 20, 50: 53}[depth]
+    if packed and not winograd.missing_reason:
+        kinds = {kind: sum(type(m) is kind for m in convolutions) for kind in {type(m) for m in convolutions}}
+        # Of the last stage's 3x3 ones all but one are too large; the stem and strided ones are direct.
+        of_18 = {WinogradConv2d: 11, PreparedPointwise: 3, PreparedConv2d: 6}
+        assert kinds == {18: of_18, 50: {WinogradConv2d: 12, PreparedPointwise: 36, PreparedConv2d: 5}}[depth]
     assert not any("BatchNorm" in type(m).__name__ for m in model.backbone.modules())
     again = optimize(model).backbone(images)["res5"]  # what is prepared stays so
     torch.testing.assert_close(again, found, atol=0, rtol=0)
@@ -127,6 +132,7 @@ def test_bfloat16_is_near(packed: bool) -> None:
     plain = outputs(model)
     for a, b in zip(plain, outputs(optimize(model, precision="bfloat16")), strict=True):
         assert 0 < float((a - b).abs().max()) < 0.1
+    assert {m.stride for m in model.modules() if isinstance(m, PreparedPointwise)} <= {2}  # others stay oneDNN's
     linear = [m for m in model.modules() if isinstance(m, PreparedLinear)]
     assert {m.dtype for m in linear} == {torch.bfloat16, torch.float32}  # the heads are of float32
 
@@ -325,3 +331,16 @@ class Dropping(dict[Any, Any]):
         found = super().__contains__(key)
         self.clear()
         return found
+
+
+@pytest.mark.skipif(bool(winograd.missing_reason), reason="the library is not built")
+@pytest.mark.parametrize(("processor", "chosen"), [("avx512_bf16", True), ("avx512_bf16 amx_bf16", False)])
+def test_tiles_of_bfloat16_are_left_to_the_processor(
+    processor: str, chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_winograd_is_faster", lambda: True)
+    monkeypatch.setattr(module, "_processor", lambda: processor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    backbone = build_backbone(resnet_cfg("DETR", 50))
+    assert bool(module._winograd_convolutions(backbone, torch.bfloat16)) == chosen
+    assert module._winograd_convolutions(backbone, torch.float32)

@@ -46,7 +46,7 @@ def test_building_never_fails_for_want_of_tools(tmp_path: Path):
     assert len(said) == 3
     assert "ms_deform_attn on CPU" in said[0] and "no C++ compiler found; install g++" in said[0]
     assert "no nvcc in CUDA_HOME=/no/such/folder; install the CUDA toolkit" in said[1]
-    assert "ResNets on CPU" in said[2] and "no C++ compiler found; install g++" in said[2]
+    assert "3x3 convolutions on CPU" in said[2] and "no C++ compiler found; install g++" in said[2]
     assert not list(tmp_path.rglob("*.so"))
     code = (
         "import torch, warnings; warnings.simplefilter('error', RuntimeWarning); import detr_family.layers as l; "
@@ -201,6 +201,8 @@ def test_collect_env():
     assert lines["torch"].startswith(torch.__version__)
     assert "ms_deform_attn on CPU" in lines and "ms_deform_attn on CUDA" in lines and "detectron2" in lines
     native = winograd.library_file() is not None
-    assert lines["3x3 convolutions on CPU"].startswith("native" if native else "pure torch: the winograd library")
+    assert lines["3x3 convolutions on CPU"].startswith(
+        "Winograd's in C++" if native else "without Winograd's in C++: the winograd"
+    )
     native = ops.library_file("cpu") is not None
     assert lines["path taken on cpu"].startswith("native" if native else "pure torch, slow: the cpu library")

@@ -14,7 +14,7 @@ from torch import Tensor
 from detr_family.layers import winograd, winograd_torch
 from detr_family.layers.deformable_attention_ops import cpu_instructions
 
-SIZES = [(1, 1, 1), (2, 4, 8), (2, 13, 6), (3, 9, 70)]
+SIZES = [(1, 1, 1), (2, 4, 8), (2, 13, 6), (3, 9, 70), (5, 29, 31)]  # the last has two strips of tiles for gradients
 CHANNELS = [(3, 5), (32, 96), (64, 32)]  # the first is torch's operators', the others the library's
 
 
@@ -93,7 +93,7 @@ def test_gradients_equal_direct_ones(size: tuple[int, int, int], channels: tuple
 
 def test_the_library_is_taken() -> None:
     if winograd.missing_reason:
-        assert cpu_instructions() == "", "one library of two was built"
+        assert cpu_instructions() == "", "the libraries are built together"
         pytest.skip(winograd.missing_reason)
     x, weight, _, grad = problem((1, 4, 4), (32, 32))
     with torch.profiler.profile() as profile:
@@ -115,6 +115,7 @@ def test_the_library_refuses_what_it_would_misread() -> None:
         (lambda: ops.winograd_convolve(torch.zeros(1, 4, 4, 64), filters, None, False), "other channels"),
         (lambda: ops.winograd_convolve(x, filters, torch.zeros(31), False), "bias is for other channels"),
         (lambda: ops.winograd_add_(x[:, :3].contiguous(), x, filters, None, False), "sums must have the shape"),
+        (lambda: ops.winograd_add_(x, x, filters, None, False), "sums must not share memory with x"),
         (lambda: ops.winograd_filters(torch.zeros(32, 32, 1, 1), False), "filters must be 3x3"),
         (lambda: ops.winograd_filters(torch.zeros(32, 33, 3, 3), False), "weight has 33 channels"),
         (lambda: ops.winograd_filter_gradients(x, torch.zeros(1, 4, 5, 32)), "of another size than x"),
@@ -125,6 +126,21 @@ def test_the_library_refuses_what_it_would_misread() -> None:
     for empty in (torch.zeros(0, 4, 4, 32), torch.zeros(1, 0, 4, 32)):
         assert ops.winograd_convolve(empty, filters, None, False).shape == empty.shape
         assert not ops.winograd_filter_gradients(empty, empty).any()
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_no_images_give_no_results(channels: tuple[int, int]) -> None:
+    x, weight, bias, grad = problem((0, 4, 4), channels)
+    assert winograd.convolve(x, winograd.filters(weight), bias).shape == grad.shape
+    grad_x, grad_weight = winograd.gradients(grad, x, weight, True, True)
+    assert grad_x is not None and grad_x.shape == x.shape
+    assert grad_weight is not None and grad_weight.shape == weight.shape and not grad_weight.any()
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_weights_can_be_read(channels: tuple[int, int]) -> None:
+    _, weight, bias, _ = problem((1, 1, 1), channels)
+    torch.testing.assert_close(winograd.WinogradConv2d(weight, bias).weight, weight, atol=1e-5, rtol=1e-5)
 
 
 _COMPARE = """
@@ -178,6 +194,7 @@ def test_threads_change_nothing(threads: int) -> None:
     [
         ((1, 60, 80), 128, True, True),
         ((1, 60, 80), 136, True, True),  # no multiple of 32
+        ((1, 60, 80), 100, False, False),
         ((1, 60, 80), 64, True, False),  # the transforms outweigh the products
         ((1, 60, 80), 16, False, False),
         ((1, 15, 20), 512, True, False),  # the filters outweigh the images

@@ -1,4 +1,4 @@
-// What both libraries do before a kernel runs: shapes, types, contiguity. The Python function has checked what its
+// What both libraries of deformable attention do before a kernel runs: shapes, types, contiguity. The Python function has checked what its
 // caller sees; this keeps a direct call of torch.ops.detr_family from reading where nothing is.
 #pragma once
 

@@ -116,6 +116,11 @@ Tensor convolve_into(const Tensor* sums, const Tensor& x, const Tensor& filters,
     STD_TORCH_CHECK(sums->size(0) == x.size(0) && of_sums.height == map.height && of_sums.width == map.width &&
                         of_sums.channels == result.channels && of_sums.stored == map.stored,
                     "winograd: sums must have the shape and the type of the result");
+    const char* const first = static_cast<const char*>(sums->data_ptr());
+    const char* const other = static_cast<const char*>(x.data_ptr());
+    const int64_t size = map.stored == Stored::same ? 4 : 2;
+    STD_TORCH_CHECK(first + sums->numel() * size <= other || other + x.numel() * size <= first,
+                    "winograd: sums must not share memory with x, which is still read as they are written");
     result.add = true;
   }
   Tensor y = sums != nullptr ? *sums

@@ -212,7 +212,7 @@ static DETR_INLINE void multiply_block(const float* __restrict a, int64_t a_row,
     Floats right[vectors];
     for (int j = 0; j < vectors; ++j) right[j] = at(b + j * kLanes);
     for (int i = 0; i < rows; ++i) {
-      const Floats left = Floats{} + a[i * a_row];
+      const Floats left = a[i * a_row] - Floats{};  // minus, for x - 0 is x and is left out; 0 + x may not be
       for (int j = 0; j < vectors; ++j) sums[i][j] += left * right[j];
     }
     a += a_column;
