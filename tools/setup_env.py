@@ -4,7 +4,7 @@
     python3 tools/setup_env.py --extras parity   also install requirements/parity.txt
 
 A complete .venv has a file .setup.json with a hash of all that it depends on, so that a repeat with nothing changed
-ends at once. Else each step looks for itself at what is left to do: uv at the packages, build_ext.py at the operator.
+ends at once. Else each step looks for itself at what is left to do: uv at the packages, build_ext.py at the libraries.
 It runs under the system's Python, back to 3.6, to be able to say that this one is too old: hence quoted annotations.
 """
 
@@ -142,8 +142,8 @@ def set_up(extras: "list[str]", exact_python: bool) -> None:
     files = [word for path in requirements(extras) for word in ("-r", path)]
     run("Installing the packages", *install, "torch", "torchvision", *files)
     run("Installing Detectron2", PYTHON, ROOT / "tools" / "install_detectron2.py", "--uv", uv)
-    print("Building the native operator, about a minute where there is a compiler and something changed", flush=True)
-    run("Building the native operator", PYTHON, "setup.py", "-q", "build_ext", "--inplace", "-j", "2")
+    print("Building the native libraries, about a minute where there is a compiler and something changed", flush=True)
+    run("Building the native libraries", PYTHON, "setup.py", "-q", "build_ext", "--inplace", "-j", "2")
     run("Installing detr_family", *install, "-q", "--no-deps", "--no-build-isolation", "-e", ROOT)
     run("Importing what was installed", PYTHON, "-c", CHECK)
     there = [site / name / "__init__.py" for name in ("torch", "torchvision", "fvcore", "detectron2")]
