@@ -196,6 +196,7 @@ __all__ = [
     "convolve",
     "filters",
     "gradients",
+    "is_native",
     "least_channels",
     "library_file",
     "missing_reason",
