@@ -74,7 +74,7 @@ def explanation(error: BaseException, folder: str) -> UserError | None:
         folder: OUTPUT_DIR.
     """
     text = str(error)
-    if isinstance(error, RuntimeError) and (worker := _WORKER.search(text)):
+    if isinstance(error, RuntimeError) and (worker := _WORKER.search(text) or _worker_behind(error)):
         return WorkerLostError(
             f"the data worker with process id {worker['pids']} {worker['what'].rstrip(' .')}. Where the system killed "
             "it for want of memory: lower DATALOADER.NUM_WORKERS. --resume goes on"
@@ -99,6 +99,15 @@ def explanation(error: BaseException, folder: str) -> UserError | None:
                 f"OUTPUT_DIR {folder} cannot be written to ({error.strerror}): {remedy}. --resume then goes on from "
                 "the last checkpoint"
             )
+    return None
+
+
+def _worker_behind(error: BaseException) -> re.Match[str] | None:
+    """What torch told of a worker's end, where it cut into something whose own clean-up then failed, as a save's."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+        if isinstance(error, RuntimeError) and (worker := _WORKER.search(str(error))):
+            return worker
     return None
 
 

@@ -10,6 +10,7 @@ from multiprocessing import connection, resource_sharer
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch.distributed import distributed_c10d
@@ -71,6 +72,19 @@ def test_a_worker_that_ends_while_it_hands_a_batch_over(
         resource_sharer._resource_sharer.get_connection(("nowhere", 1))
     with pytest.raises(type(error)), explained(str(tmp_path)):
         fail()
+
+
+def test_the_end_of_a_worker_is_told_where_it_cuts_into_a_save(tmp_path: Path) -> None:
+    """torch's archive cannot be closed then, and says so in place of what came first."""
+
+    class Ends:
+        def __reduce__(self) -> str:
+            raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
+
+    with pytest.raises(RuntimeError, match="unexpected pos") as caught, (tmp_path / "a.pth").open("wb") as file:
+        torch.save([torch.zeros(3), Ends()], file)
+    with pytest.raises(WorkerLostError, match="process id 12 is killed"), explained(str(tmp_path)):
+        raise caught.value
 
 
 def test_the_end_of_a_worker_is_told_once_also_where_its_signal_comes_late(
