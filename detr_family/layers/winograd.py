@@ -2,8 +2,8 @@
 
 4x4 results are had from 6x6 inputs by 36 products in place of 144: matrix products over the channels, before and after
 which tiles are transformed. The input's gradient is a convolution of the result's with the filters turned round; the
-filters' gradient sums products of transformed inputs and gradients. Results differ from a direct convolution's by some
-5 times the rounding of float32.
+filters' gradient sums products of transformed inputs and gradients. A result's rounding is 2 to 4 times a direct
+convolution's.
 
 A library in C++ (csrc/winograd.cpp) does all of it while tiles are in the cache; without it, and for channels that are
 no multiples of 32, torch's operators do (winograd_torch.py), which gains less.
@@ -26,6 +26,7 @@ from detr_family.layers.prepared import Prepared
 
 LIBRARY = "_winograd_cpu"
 _PANEL = 32  # channels are multiples of it in the library
+_LEAST_WORK = 5e8  # multiplications of a direct convolution from which on a training takes the method
 
 _library = torch.library.Library("detr_family", "FRAGMENT")
 _library.define("winograd_filters(Tensor weight, bool backwards) -> Tensor")
@@ -53,16 +54,23 @@ def least_channels(*channels: int) -> int:
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether a training's convolution of (B, I, H, W) with (O, I, 3, 3) is faster so, with gradients and filters."""
+    """Whether a training's convolution of (B, I, H, W) with (O, I, 3, 3) is faster so, with gradients and filters.
+
+    Of small ones it is not said, as those of a batch of two images of 300x300 are: there is little time to gain, and
+    the gradient of so few pixels can turn on one ReLU whose input is within a rounding of 0. Direct convolutions here
+    and where references were computed round alike.
+    """
     channels = weight.shape[:2]
+    pixels = len(x) * x.shape[2] * x.shape[3]
     tiles = len(x) * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
-    # The library would be faster for fewer channels and smaller maps, too, but gradients that nearly cancel, as that of
-    # a PReLU's one slope, then show its rounding.
+    native, processor = is_native(*channels), torch.backends.cpu.get_cpu_capability()
     return (
-        torch.backends.cpu.get_cpu_capability().startswith("AVX")  # elsewhere it was not measured
-        and min(channels) >= 128
-        and max(channels) <= 5 * tiles
-        and 16 * tiles <= 1.3 * len(x) * x.shape[2] * x.shape[3]
+        processor.startswith("AVX")  # on others it was not measured
+        and min(channels) >= least_channels(*channels)
+        and pixels * weight.numel() >= _LEAST_WORK
+        and 16 * tiles <= (1.6 if native else 1.3) * pixels  # the rest is results beyond the rim
+        # Filters are transformed in each step, which a number of tiles must outweigh.
+        and (tiles >= 12 if native and processor == "AVX512" else 5 * tiles >= max(channels))
     )
 
 
@@ -158,10 +166,7 @@ class WinogradConv2d(Prepared):
         u = self.packed
         if u.ndim == 4:  # the library's: 36 x O/32 x I x 32
             u = u.transpose(1, 2).flatten(2)
-        u = u.unflatten(0, (6, 6))
-        for _ in range(2):  # three numbers are had from six: the transform's first and last row, and two's difference
-            u = torch.stack([4 * u[0], 3 * (u[2] - u[1]), u[5]]).transpose(0, 1)
-        return u.permute(3, 2, 0, 1).contiguous()
+        return winograd_torch.weight(u)
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, *, relu: bool = False, dtype: torch.dtype = torch.float32

@@ -7,35 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _TILES = 256  # worked on at a time: their 36 values of each channel stay in the cache
 
-# The paper's matrices, section 4.3: input, filter, inverse transform.
-_INPUT = (
-    (4.0, 0.0, -5.0, 0.0, 1.0, 0.0),
-    (0.0, -4.0, -4.0, 1.0, 1.0, 0.0),
-    (0.0, 4.0, -4.0, -1.0, 1.0, 0.0),
-    (0.0, -2.0, -1.0, 2.0, 1.0, 0.0),
-    (0.0, 2.0, -1.0, -2.0, 1.0, 0.0),
-    (0.0, 4.0, 0.0, -5.0, 0.0, 1.0),
-)
-_FILTER = (
-    (1 / 4, 0.0, 0.0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0.0, 0.0, 1.0),
-)
-_INVERSE = (
-    (1.0, 1.0, 1.0, 1.0, 1.0, 0.0),
-    (0.0, 1.0, -1.0, 2.0, -2.0, 0.0),
-    (0.0, 1.0, 1.0, 4.0, 4.0, 0.0),
-    (0.0, 1.0, -1.0, 8.0, -8.0, 1.0),
-)
+# Where the tiles' polynomials are taken, beside infinity. The paper has 1 and 2 (section 4.3), whose transforms lose
+# twice as much to rounding; these and their powers are exact in float32.
+_POINTS = (0.0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)
+
+
+def _matrices() -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
+    """Toom and Cook's transforms of input (6, 6) and filter (6, 3), and the inverse one (4, 6)."""
+    inputs, filters = [], []
+    for i, point in enumerate(_POINTS):
+        others = np.array([*_POINTS[:i], *_POINTS[i + 1 :]])
+        inputs.append([*np.poly(others)[::-1].tolist(), 0.0])  # the polynomial that is 0 at the others
+        filters.append([point**k / float(np.prod(point - others)) for k in range(3)])
+    inputs.append(np.poly(_POINTS)[::-1].tolist())
+    filters.append([0.0, 0.0, 1.0])
+    inverse = [[*(point**k for point in _POINTS), float(k == 3)] for k in range(4)]
+    return inputs, filters, inverse
+
+
+_INPUT, _FILTER, _INVERSE = _matrices()
 
 
 @torch.autocast("cpu", enabled=False)
@@ -44,6 +41,12 @@ def filters(weight: Tensor, backwards: bool) -> Tensor:
     weight = weight.flip(2, 3) if backwards else weight.transpose(0, 1)
     both = torch.kron(torch.tensor(_FILTER), torch.tensor(_FILTER))  # in one step: it is the memory that takes the time
     return (both @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, *weight.shape[:2])
+
+
+def weight(filters: Tensor) -> Tensor:
+    """(O, I, 3, 3) of `filters` (36, I, O), which were transformed forwards."""
+    back = torch.tensor(np.linalg.pinv(_FILTER), dtype=torch.float32)
+    return _both_ways(back, filters.reshape(6, 6, -1)).view(3, 3, *filters.shape[1:]).permute(3, 2, 0, 1).contiguous()
 
 
 @torch.autocast("cpu", enabled=False)  # bfloat16 has not the digits that the transforms cancel

@@ -5,56 +5,67 @@
 
 static constexpr int kLanes = Simd<float>::lanes;
 
-// Six numbers along a row or a column of a tile to six: the paper's section 4.3, input.
+// The tiles' polynomials are taken at 0, +-kNear, +-kFar and infinity, all powers exact in float32. The paper has 1 and 2
+// there (section 4.3), whose transforms lose twice as much to rounding.
+static constexpr float kNear = 5.0f / 8, kNear2 = kNear * kNear, kNear3 = kNear2 * kNear;
+static constexpr float kFar = 3.0f / 2, kFar2 = kFar * kFar, kFar3 = kFar2 * kFar;
+static constexpr float kOfZero = 1 / (kNear2 * kFar2);                   // what filters are divided by at each point
+static constexpr float kOfNear = 1 / (2 * kNear2 * (kNear2 - kFar2));
+static constexpr float kOfFar = 1 / (2 * kFar2 * (kFar2 - kNear2));
+
+// Six numbers along a row or a column of a tile to six: input.
 static DETR_INLINE void transform_input(const Floats* d, Floats* v) {
-  const Floats even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
-  const Floats near = d[4] - d[2], far = 2.0f * (d[3] - d[1]);
-  v[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
-  v[1] = even + odd;
-  v[2] = even - odd;
-  v[3] = near + far;
-  v[4] = near - far;
-  v[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
+  const Floats near_even = d[4] - kFar2 * d[2], near_odd = kNear * (d[3] - kFar2 * d[1]);
+  const Floats far_even = d[4] - kNear2 * d[2], far_odd = kFar * (d[3] - kNear2 * d[1]);
+  v[0] = kNear2 * kFar2 * d[0] - (kNear2 + kFar2) * d[2] + d[4];
+  v[1] = near_even + near_odd;
+  v[2] = near_even - near_odd;
+  v[3] = far_even + far_odd;
+  v[4] = far_even - far_odd;
+  v[5] = kNear2 * kFar2 * d[1] - (kNear2 + kFar2) * d[3] + d[5];
 }
 
 // Six to four: the inverse transform.
 static DETR_INLINE void transform_result(const Floats* m, Floats* y) {
-  const Floats one = m[1] + m[2], other = m[1] - m[2], two = m[3] + m[4], half = m[3] - m[4];
-  y[0] = m[0] + one + two;
-  y[1] = other + 2.0f * half;
-  y[2] = one + 4.0f * two;
-  y[3] = other + 8.0f * half + m[5];
+  const Floats near_even = m[1] + m[2], near_odd = m[1] - m[2];
+  const Floats far_even = m[3] + m[4], far_odd = m[3] - m[4];
+  y[0] = m[0] + near_even + far_even;
+  y[1] = kNear * near_odd + kFar * far_odd;
+  y[2] = kNear2 * near_even + kFar2 * far_even;
+  y[3] = kNear3 * near_odd + kFar3 * far_odd + m[5];
 }
 
 // Four to six: the inverse transform's transpose, for gradients.
 static DETR_INLINE void transform_gradient(const Floats* g, Floats* s) {
-  const Floats even = g[0] + g[2], odd = g[1] + g[3];
-  const Floats wide = g[0] + 4.0f * g[2], far = 2.0f * g[1] + 8.0f * g[3];
+  const Floats near_even = g[0] + kNear2 * g[2], near_odd = kNear * g[1] + kNear3 * g[3];
+  const Floats far_even = g[0] + kFar2 * g[2], far_odd = kFar * g[1] + kFar3 * g[3];
   s[0] = g[0];
-  s[1] = even + odd;
-  s[2] = even - odd;
-  s[3] = wide + far;
-  s[4] = wide - far;
+  s[1] = near_even + near_odd;
+  s[2] = near_even - near_odd;
+  s[3] = far_even + far_odd;
+  s[4] = far_even - far_odd;
   s[5] = g[3];
 }
 
 // Three to six: the filter.
 static DETR_INLINE void transform_filter(const Floats* w, Floats* u) {
-  const Floats ends = w[0] + w[2], wide = w[0] + 4.0f * w[2], twice = 2.0f * w[1];
-  u[0] = w[0] * (1.0f / 4);
-  u[1] = (ends + w[1]) * (-1.0f / 6);
-  u[2] = (ends - w[1]) * (-1.0f / 6);
-  u[3] = (wide + twice) * (1.0f / 24);
-  u[4] = (wide - twice) * (1.0f / 24);
+  const Floats near_even = w[0] + kNear2 * w[2], near_odd = kNear * w[1];
+  const Floats far_even = w[0] + kFar2 * w[2], far_odd = kFar * w[1];
+  u[0] = kOfZero * w[0];
+  u[1] = kOfNear * (near_even + near_odd);
+  u[2] = kOfNear * (near_even - near_odd);
+  u[3] = kOfFar * (far_even + far_odd);
+  u[4] = kOfFar * (far_even - far_odd);
   u[5] = w[2];
 }
 
 // Six to three: its transpose.
 static DETR_INLINE void transform_filter_gradient(const Floats* u, Floats* w) {
-  const Floats one = u[1] + u[2], two = u[3] + u[4];
-  w[0] = u[0] * (1.0f / 4) - one * (1.0f / 6) + two * (1.0f / 24);
-  w[1] = (u[2] - u[1]) * (1.0f / 6) + (u[3] - u[4]) * (1.0f / 12);
-  w[2] = (two - one) * (1.0f / 6) + u[5];
+  const Floats near_even = kOfNear * (u[1] + u[2]), near_odd = kOfNear * (u[1] - u[2]);
+  const Floats far_even = kOfFar * (u[3] + u[4]), far_odd = kOfFar * (u[3] - u[4]);
+  w[0] = kOfZero * u[0] + near_even + far_even;
+  w[1] = kNear * near_odd + kFar * far_odd;
+  w[2] = kNear2 * near_even + kFar2 * far_even + u[5];
 }
 
 // Both ways: m x m numbers to n x n, with a transform of m to n.
