@@ -1,4 +1,4 @@
-"""Builds the libraries with C++ and CUDA: deformable attention's two, and that of Winograd's convolutions.
+"""Builds the libraries with C++ and CUDA: deformable attention's two, Winograd's convolutions, gradients of weights.
 
 setup.py passes its classes to setuptools. They are plain shared libraries against torch's stable ABI
 (torch/csrc/stable): no pybind, no Python headers, one build for every Python and for torch 2.10 and later. So the
@@ -44,7 +44,11 @@ def extensions() -> list[Extension]:
     parts = {
         "_ms_deform_attn_cpu": ("cpu.cpp", [*of_attention, *on_cpu, "cpu_kernels.inl", "cpu_problem.h"]),
         "_ms_deform_attn_cuda": ("cuda.cu", [*of_attention, "cuda_kernels.cuh", "cuda_params.h"]),
-        "_winograd_cpu": ("winograd.cpp", [*on_cpu, "winograd_kernels.inl", "winograd_problem.h"]),
+        "_winograd_cpu": ("winograd.cpp", [*on_cpu, "tensors.h", "winograd_kernels.inl", "winograd_problem.h"]),
+        "_outer_products_cpu": (
+            "outer_products.cpp",
+            [*on_cpu, "tensors.h", "outer_products_kernels.inl", "outer_products_problem.h"],
+        ),
     }
     return [
         Extension(
@@ -62,6 +66,7 @@ WITHOUT = {
     "_ms_deform_attn_cpu": "ms_deform_attn on CPU will take the slow pure-torch path",
     "_ms_deform_attn_cuda": "ms_deform_attn on CUDA will take the slow pure-torch path",
     "_winograd_cpu": "3x3 convolutions on CPU will be slower",
+    "_outer_products_cpu": "training on CPU will be slower",
 }
 
 

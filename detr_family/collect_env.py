@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from detr_family.layers import deformable_attention_ops as ops
-from detr_family.layers import winograd
+from detr_family.layers import outer_products, winograd
 
 
 def _version(package: str) -> str:
@@ -49,7 +49,11 @@ def collect_env() -> dict[str, str]:
     lines["3x3 convolutions on CPU"] = (
         f"without Winograd's in C++: {winograd.missing_reason}" if winograd.missing_reason else "Winograd's in C++"
     )
+    lines["gradients of weights on CPU"] = (
+        f"torch's alone: {outer_products.missing_reason}" if outer_products.missing_reason else "in C++, too"
+    )
     files = {"cpu": ops.library_file("cpu"), "cuda": ops.library_file("cuda"), "winograd": winograd.library_file()}
+    files["outer products"] = outer_products.library_file()
     lines.update({f"{kind} library": file for kind, file in files.items() if file})
     devices = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for name in devices:

@@ -76,6 +76,7 @@ def test_one_wheel_for_every_python(wheel: Path) -> None:
     assert configs <= names and len(configs) > 40
     assert {"detr_family/model_zoo/zoo.json", "detr_family/layers/_ms_deform_attn_cpu.abi3.so"} <= names
     assert "detr_family/layers/_winograd_cpu.abi3.so" in names
+    assert "detr_family/layers/_outer_products_cpu.abi3.so" in names
     assert not [name for name in names if name.split("/")[0] not in ("detr_family", "detr_family-0.1.0.dist-info")]
 
 

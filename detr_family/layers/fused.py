@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from detr_family.layers import winograd
+from detr_family.layers import outer_products, winograd
 from detr_family.layers.prepared import kernels_work
 
 _CHUNK = 4 << 20  # bytes of a feed-forward network's hidden layer that are worked on at a time
@@ -137,7 +137,7 @@ class FoldedConv(NamedTuple):
                 wide = _mkldnn._linear_pointwise(rows, weight.flatten(1).t(), None, "none", [], "")
                 grad_x = wide.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
             if wants_weight:
-                grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).flatten(0, 2)).view_as(weight)
+                grad_weight = _weight_gradient(rows, x.permute(0, 2, 3, 1).flatten(0, 2)).view_as(weight)
         elif self._is_winograds(x):
             grad_x, grad_weight = winograd.gradients(grad, x, weight, wants_x, wants_weight)
         else:
@@ -150,7 +150,7 @@ class FoldedConv(NamedTuple):
                 grad_x, grad_weight, _ = _aten.convolution_backward(grad, x, weight, *rest, wanted)
             if apart and strided:
                 seen = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).flatten(0, 2)
-                grad_weight = (grad.permute(0, 2, 3, 1).flatten(0, 2).t() @ seen).view_as(weight)
+                grad_weight = _weight_gradient(grad.permute(0, 2, 3, 1).flatten(0, 2), seen).view_as(weight)
             elif apart:
                 plain = grad.contiguous(), x.contiguous(), self.weight.detach()
                 grad_weight = _aten.convolution_backward(*plain, *rest, [False, True, False])[1]
@@ -159,6 +159,14 @@ class FoldedConv(NamedTuple):
             if scale_later:
                 grad_weight.mul_(self.scale[:, None, None, None])
         return grad_x, grad_weight
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """(O, I) of a linear layer's results' gradient (N, O) and inputs (N, I)."""
+    turned = grad.shape[1] > x.shape[1]
+    a, b = (x, grad) if turned else (grad, x)
+    sums = outer_products.add(a.new_zeros(a.shape[1], b.shape[1]), a, b)
+    return sums.t() if turned else sums
 
 
 def _clear_where_not_positive(grad: Tensor, y: Tensor) -> Tensor:
@@ -291,7 +299,7 @@ class _FeedForward(torch.autograd.Function):
         results = []
         for part, grad_part, h in zip(rows.split(ctx.at_once), grad_rows.split(ctx.at_once), hidden, strict=True):
             if grad2 is not None:
-                grad2.addmm_(grad_part.t(), h)
+                outer_products.add(grad2, grad_part, h)
             if not (wants_x or wants_weight1 or wants_bias1):
                 continue
             # Dropped values are zeros, too, and what is left was divided by 1 - p.
@@ -300,7 +308,7 @@ class _FeedForward(torch.autograd.Function):
             if ctx.p:
                 inner.mul_(1 / (1 - ctx.p))
             if grad1 is not None:
-                grad1.addmm_(part.t(), inner)
+                outer_products.add(grad1, part, inner)
             if bias1 is not None:
                 bias1 += inner.sum(0)
             if wants_x:

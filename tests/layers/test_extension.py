@@ -12,7 +12,7 @@ import torch
 
 from detr_family import collect_env
 from detr_family.layers import deformable_attention_ops as ops
-from detr_family.layers import winograd
+from detr_family.layers import outer_products, winograd
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build_ext.py"
@@ -43,10 +43,11 @@ def test_building_never_fails_for_want_of_tools(tmp_path: Path):
     result = build(tmp_path, CXX="no-such-compiler", CUDA_HOME="/no/such/folder", FORCE_CUDA="0")
     assert result.returncode == 0, result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("detr_family: ")]
-    assert len(said) == 3
+    assert len(said) == 4
     assert "ms_deform_attn on CPU" in said[0] and "no C++ compiler found; install g++" in said[0]
     assert "no nvcc in CUDA_HOME=/no/such/folder; install the CUDA toolkit" in said[1]
     assert "3x3 convolutions on CPU" in said[2] and "no C++ compiler found; install g++" in said[2]
+    assert "training on CPU" in said[3] and "no C++ compiler found; install g++" in said[3]
     assert not list(tmp_path.rglob("*.so"))
     code = (
         "import torch, warnings; warnings.simplefilter('error', RuntimeWarning); import detr_family.layers as l; "
@@ -122,11 +123,11 @@ def test_cpu_library_builds(tmp_path: Path):
     copy_sources(tmp_path)
     result = build(tmp_path, CUDA_HOME="/no/such/folder", FORCE_CUDA="0")
     assert result.returncode == 0, result.stderr
-    for library in ("_ms_deform_attn_cpu", "_winograd_cpu"):
+    for library in ("_ms_deform_attn_cpu", "_winograd_cpu", "_outer_products_cpu"):
         assert len(list((tmp_path / "detr_family" / "layers").glob(f"{library}*.so"))) == 1
     code = (
-        "from detr_family.layers import deformable_attention_ops as o, winograd as w; "
-        "print(o.library_file('cpu'), w.library_file(), o.cpu_instructions())"
+        "from detr_family.layers import deformable_attention_ops as o, outer_products as p, winograd as w; "
+        "print(o.library_file('cpu'), w.library_file(), p.library_file(), o.cpu_instructions())"
     )
     used = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     *files, instructions = used.stdout.split()
@@ -158,10 +159,11 @@ def test_cuda_library_is_loaded_and_registered():
 
 @pytest.mark.extension
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm of binutils")
-@pytest.mark.parametrize("kind", [*ops.LIBRARIES, "winograd"])
+@pytest.mark.parametrize("kind", [*ops.LIBRARIES, "winograd", "outer products"])
 def test_a_library_asks_torch_for_its_stable_abi_and_python_for_nothing(kind: str):
     """So that it serves any Python, and torch 2.10 and later, whichever it was built beside."""
-    file = winograd.library_file() if kind == "winograd" else ops.library_file(kind)
+    others = {"winograd": winograd, "outer products": outer_products}
+    file = others[kind].library_file() if kind in others else ops.library_file(kind)
     if file is None:
         pytest.skip(f"the {kind} library is not built")
     listed = subprocess.run(["nm", "-D", "--undefined-only", file], capture_output=True, text=True, check=True)
@@ -203,6 +205,10 @@ def test_collect_env():
     native = winograd.library_file() is not None
     assert lines["3x3 convolutions on CPU"].startswith(
         "Winograd's in C++" if native else "without Winograd's in C++: the winograd"
+    )
+    native = outer_products.library_file() is not None
+    assert lines["gradients of weights on CPU"].startswith(
+        "in C++, too" if native else "torch's alone: the outer products"
     )
     native = ops.library_file("cpu") is not None
     assert lines["path taken on cpu"].startswith("native" if native else "pure torch, slow: the cpu library")

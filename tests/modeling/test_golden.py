@@ -36,9 +36,7 @@ def test_outputs_losses_and_gradients_are_the_papers(name: str, cfg: CfgNode, tm
     golden.compare_training(model, expected, gradients=3e-3 if name.startswith("dino") else 1e-3)
 
 
-def test_so_they_are_with_winograds_convolutions(
-    cfg: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_so_they_are_with_winograds_convolutions(cfg: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training takes them for larger images than the golden ones."""
     taken = []
     monkeypatch.setattr(winograd, "pays", lambda x, weight: taken.append(x) or min(weight.shape[:2]) >= 64)

@@ -1,17 +1,13 @@
 // 3x3 convolutions on the CPU by Winograd's method: checks, threads, registration.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <optional>
 #include <type_traits>
 
 #include "instructions.h"
-#include "pages.h"
+#include "tensors.h"
 #include "winograd_problem.h"
 
 #define DETR_KERNELS "winograd_kernels.inl"
@@ -19,9 +15,6 @@
 
 namespace detr_family {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Tiles that are worked on at a time, by each thread or for the gradient of filters by all of them: more of them and
 // their 36 values of each channel leave the cache, fewer and the filters are read too often.
@@ -38,23 +31,13 @@ WinogradKernels choose_kernels() {
 
 int64_t rounded_up(int64_t number, int64_t to) { return (number + to - 1) / to * to; }
 
-void check_tensor(const char* name, const Tensor& tensor, int64_t dims) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.dim() == dims, "winograd: ", name,
-                  " must be contiguous, on the CPU, and of ", dims, " dimensions");
-}
-
-void check_float(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "winograd: ", name, " must be float32, not ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-}
-
 void check_channels(const char* name, int64_t channels) {
   STD_TORCH_CHECK(channels > 0 && channels % kPanel == 0, "winograd: ", name, " has ", channels,
                   " channels, not a multiple of ", kPanel);
 }
 
 Map map_of(const char* name, const Tensor& tensor) {
-  check_tensor(name, tensor, 4);
+  check_tensor("winograd", name, tensor, 4);
   check_channels(name, tensor.size(3));
   Map map{tensor.size(1), tensor.size(2), int32_t(tensor.size(3)), Stored::same, 0, 0};
   map.down = (map.height + 3) / 4;
@@ -63,24 +46,16 @@ Map map_of(const char* name, const Tensor& tensor) {
     map.stored = Stored::bfloat16;
     map.narrow = static_cast<const uint16_t*>(tensor.data_ptr());
   } else {
-    check_float(name, tensor);
+    check_float("winograd", name, tensor);
     map.numbers = static_cast<const float*>(tensor.data_ptr());
   }
   return map;
 }
 
-Tensor floats(const Tensor& like, int64_t count) {
-  Tensor result = torch::stable::new_empty(like, {count}, ScalarType::Float);
-  prepare_pages(result, sizeof(float));
-  return result;
-}
-
-float* data(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
-
 // (O, I, 3, 3) float32 -> 36 x O/32 x I x 32, or of the gradient's filters 36 x I/32 x O x 32.
 Tensor filters(Tensor weight, bool backwards) {
-  check_tensor("weight", weight, 4);
-  check_float("weight", weight);
+  check_tensor("winograd", "weight", weight, 4);
+  check_float("winograd", "weight", weight);
   STD_TORCH_CHECK(weight.size(2) == 3 && weight.size(3) == 3, "winograd: filters must be 3x3");
   const int32_t out = int32_t(weight.size(0)), in = int32_t(weight.size(1));
   check_channels("weight", out);
@@ -99,15 +74,15 @@ Tensor filters(Tensor weight, bool backwards) {
 Tensor convolve_into(const Tensor* sums, const Tensor& x, const Tensor& filters, const std::optional<Tensor>& bias,
                      bool relu) {
   const Map map = map_of("x", x);
-  check_tensor("filters", filters, 4);
-  check_float("filters", filters);
+  check_tensor("winograd", "filters", filters, 4);
+  check_float("winograd", "filters", filters);
   STD_TORCH_CHECK(filters.size(0) == kPositions && filters.size(2) == map.channels && filters.size(3) == kPanel,
                   "winograd: the filters are for other channels than x has");
   Result result{int32_t(filters.size(1) * kPanel), map.stored};
   result.relu = relu;
   if (bias.has_value()) {
-    check_tensor("bias", *bias, 1);
-    check_float("bias", *bias);
+    check_tensor("winograd", "bias", *bias, 1);
+    check_float("winograd", "bias", *bias);
     STD_TORCH_CHECK(bias->size(0) == result.channels, "winograd: the bias is for other channels than the filters");
     result.bias = data(*bias);
   }
