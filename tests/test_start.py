@@ -65,3 +65,50 @@ def test_it_is_set_only_before_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert sleep_while_waiting()
     assert os.environ["GOMP_SPINCOUNT"] == SPINS
+
+
+_REGISTERED = """
+import sys
+{first}
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+assert all(name in META_ARCH_REGISTRY for name in ("DETR", "ConditionalDETR", "DABDETR", "DNDETR", "DINO"))
+assert "build_swin_backbone" in BACKBONE_REGISTRY
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "detr_family.registration"]
+import detr_family
+assert detr_family.modeling.DINO is META_ARCH_REGISTRY.get("DINO") and detr_family.layers and detr_family.model_zoo
+assert detr_family.add_detr_family_config is detr_family.config.add_detr_family_config
+assert not hasattr(detr_family, "nothing") and "modeling" in dir(detr_family)
+"""
+_WAITS = 'import detr_family; assert not {"torch", "detectron2"} & set(sys.modules)'
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        _WAITS,
+        _WAITS + "; from detectron2.modeling.backbone import build_backbone",
+        "import detectron2.modeling, detr_family",
+        "import detr_family.modeling",
+    ],
+)
+def test_importing_the_package_registers_its_detectors(first: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", _REGISTERED.format(first=first)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not run.returncode, run.stderr[-2000:]
+
+
+def test_they_are_registered_at_a_later_try_where_detectron2_could_not_be_loaded() -> None:
+    code = """
+import sys, detr_family
+sys.modules["detectron2.modeling.meta_arch"] = None
+try:
+    import detectron2.modeling
+    raise AssertionError("it was loaded")
+except ImportError:
+    del sys.modules["detectron2.modeling.meta_arch"]
+from detectron2.modeling import META_ARCH_REGISTRY
+assert "DINO" in META_ARCH_REGISTRY
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not run.returncode, run.stderr[-2000:]

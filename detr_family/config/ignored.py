@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY
 
 _REGIONS = "there are no anchors, proposals or regions"
 _BOXES = "boxes alone are predicted"
@@ -70,6 +69,8 @@ def ignored_keys(cfg: CfgNode) -> dict[str, str]:
 
     None where the detector is one of Detectron2's own.
     """
+    from detectron2.modeling import META_ARCH_REGISTRY  # takes seconds to load
+
     name = cfg.MODEL.META_ARCHITECTURE
     if name in META_ARCH_REGISTRY and META_ARCH_REGISTRY.get(name).__module__.startswith("detectron2."):
         return {}

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from yaml import YAMLError
 
 from detr_family.config.batch import images_per_forward
@@ -112,6 +111,8 @@ def check_registered(cfg: CfgNode) -> None:
     Raises:
         ValueError: one is not; similar names are given.
     """
+    from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY  # takes seconds to load
+
     for key, registry in (("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY), ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY)):
         name, known = _value(cfg, key), [name for name, _ in registry]
         if name not in known:
