@@ -3,8 +3,9 @@
 python -m detr_family.benchmarks.training detr_r50 dino_r50_4scale --size 480 640
 
 For each configuration steps as they are and steps of the plain layers (`detr_family.layers.fused` says what differs)
-run in one process, in turn, with the same weights, images of noise and random numbers; of each part the table holds the
-median of the process's CPU time. Ratios of one run mean something, absolute times little.
+run in one process, in turn, with the same weights and images of noise; of each part the table holds the median of the
+process's CPU time. Losses are compared without dropout, for which the two draw other random numbers. Ratios of one run
+mean something, absolute times little.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -76,10 +77,28 @@ def built(config: str, opts: Sequence[str]) -> tuple[CfgNode, SetDetector]:
     return cfg, model.train()
 
 
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """For the time being no part of a model drops anything."""
+    found = [
+        (module, name, module.__dict__[name])
+        for module in model.modules()
+        for name in ("p", "dropout", "drop_prob")
+        if isinstance(module.__dict__.get(name), float)
+    ]
+    for module, name, _ in found:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, probability in found:
+            setattr(module, name, probability)
+
+
 def measure(
     cfg: CfgNode, model: SetDetector, inputs: list[dict[str, Any]], repeats: int, wall: bool
 ) -> tuple[dict[str, dict[str, float]], float]:
-    """Median seconds of each part, as it is and of plain layers, and how far the first steps' losses are apart.
+    """Median seconds of each part, as it is and of plain layers, and how far the losses are apart without dropout.
 
     Weights stay as they are: the optimizer's learning rates and weight decay are zero.
     """
@@ -92,10 +111,13 @@ def measure(
     ways: dict[str, Callable[[], Any]] = {"plain": plain_layers, "fused": nullcontext}
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     losses = {}
+    for name, way in ways.items():
+        with way(), without_dropout(model):
+            losses[name] = timed_step(model, optimizer, inputs, clip_norm, clock)[1]
     for round_number in range(repeats + 1):
         for name, way in ways.items():
             with way():
-                parts, losses[name] = timed_step(model, optimizer, inputs, clip_norm, clock)
+                parts, _ = timed_step(model, optimizer, inputs, clip_norm, clock)
             if round_number:  # the first round warms up
                 seconds[name].append({**parts, "step": sum(parts.values())})
     medians = {

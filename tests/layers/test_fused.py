@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 
 from detr_family.layers import fused, winograd
 from detr_family.layers.checkpointing import checkpoint_activations
-from detr_family.layers.fused import feed_forward, plain_layers
+from detr_family.layers.fused import drop_, feed_forward, plain_layers
 from detr_family.layers.prepared import kernels_work
 from detr_family.modeling.backbone.resnet import fuse_blocks
 
@@ -38,6 +39,7 @@ BLOCKS = {
 def stage(name: str) -> nn.Module:
     """A module with norms that do something."""
     generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)  # others' weights may have a ReLU whose input is within a rounding of 0
     module = BLOCKS[name]()
     for buffer in module.buffers():
         buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
@@ -156,6 +158,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         torch.manual_seed(3)
+        # What is dropped is compared, too: both draw the same.
         return feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
 
 
@@ -164,6 +167,7 @@ class Network(nn.Module):
 def test_feed_forward_equals_plain_one(p: float, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_LEAST", 0)
     monkeypatch.setattr(fused, "_CHUNK", 4 * 24 * 10)  # at least 64 rows a piece: here 64, 64 and 22
+    monkeypatch.setattr(F, "dropout", lambda x, p, training=True, inplace=False: x * drop_(torch.ones_like(x), p))
     network = Network(p, nn.ReLU()).train()
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(not frozen or frozen not in name)
@@ -171,6 +175,32 @@ def test_feed_forward_equals_plain_one(p: float, frozen: str, monkeypatch: pytes
     check(network, x, wants_x=True)
     if frozen != "linear":
         check(network, x, wants_x=False)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_what_is_dropped(p: float) -> None:
+    torch.manual_seed(0)
+    rows, width = 1001, 1003  # no multiple of four values together
+    x = drop_(torch.ones(rows, width), p)
+    left = x != 0
+    deviation = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(left.double().mean() - (1 - p)) < 4 * deviation + 2**-16
+    assert x[left].unique().tolist() == pytest.approx([1 / (1 - p)], rel=1e-2)
+    assert abs(x.double().mean() - 1) < 4 * deviation / (1 - p)  # exact on average
+    # Neither neighbours nor what one random number decides go together.
+    for distance in (1, 2, 3, 4, width):
+        both = (left.flatten()[distance:] & left.flatten()[:-distance]).double().mean()
+        assert abs(both - (1 - p) ** 2) < 8 * deviation + 2**-15
+    torch.manual_seed(0)
+    assert torch.equal(drop_(torch.ones(rows, width), p), x)
+    assert not torch.equal(drop_(torch.ones(rows, width), p), x)
+
+
+@pytest.mark.parametrize("p", [1.0, 1 - 2**-20])
+def test_where_all_is_dropped_it_is_torchs(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_LEAST", 0)
+    network = Network(p, nn.ReLU()).train()
+    assert torch.equal(network(torch.randn(5, 16)), network.linear2.bias.expand(5, 16))
 
 
 def test_feed_forward_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
