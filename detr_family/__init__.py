@@ -9,6 +9,7 @@ torch's threads sleep while they wait for each other, see `detr_family.threads`.
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 sleep_while_waiting()  # before anything loads torch
 
-if find_spec("detectron2") is None:
+if sys.modules.get("detectron2") is None and find_spec("detectron2") is None:
     raise ImportError(
         "detr_family needs Detectron2, which is not here: in a checkout python tools/install_detectron2.py (see "
         "docs/install.md), else pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2"
@@ -33,7 +34,7 @@ def __getattr__(name: str) -> Any:
     """`add_detr_family_config`, and every module of the package, as if they were imported here."""
     if name == "add_detr_family_config":
         return importlib.import_module("detr_family.config").add_detr_family_config
-    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+    if name.isidentifier() and not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

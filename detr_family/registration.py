@@ -6,7 +6,7 @@ reads a config or checks a dataset does not need it.
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -14,40 +14,47 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 REGISTRIES = "detectron2.modeling"
-DETECTORS = "detr_family.modeling"
 
 
 def register_with_detectron2() -> None:
     """Import the detectors, which registers them: now, or right after `detectron2.modeling`."""
     if REGISTRIES in sys.modules:
-        importlib.import_module(DETECTORS)
+        _import_detectors()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
+def _import_detectors() -> None:
+    import detr_family.modeling  # noqa: F401  (a statement: two threads that wait for each other go on)
+
+
 class _Finder(MetaPathFinder):
-    """Finds one module as it would be found anyway, and has another imported after it."""
+    """Finds one module as it would be found anyway, and has the detectors imported after it.
+
+    It stays in the list when that is done: other threads may be going through it.
+    """
+
+    done = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != REGISTRIES:
+        if self.done or fullname != REGISTRIES:
             return None
-        sys.meta_path.remove(self)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            sys.meta_path.insert(0, self)  # for another try, should the module not load
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is None or spec.loader is None:
             return spec
-        execute = spec.loader.exec_module
+        spec.loader = loader = copy.copy(spec.loader)  # finders may have one for several modules
+        execute = loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            sys.meta_path.remove(self)
-            importlib.import_module(DETECTORS)
+            _import_detectors()
+            self.done = True
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 

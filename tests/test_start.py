@@ -73,13 +73,19 @@ import sys
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 assert all(name in META_ARCH_REGISTRY for name in ("DETR", "ConditionalDETR", "DABDETR", "DNDETR", "DINO"))
 assert "build_swin_backbone" in BACKBONE_REGISTRY
-assert not [finder for finder in sys.meta_path if type(finder).__module__ == "detr_family.registration"]
 import detr_family
 assert detr_family.modeling.DINO is META_ARCH_REGISTRY.get("DINO") and detr_family.layers and detr_family.model_zoo
 assert detr_family.add_detr_family_config is detr_family.config.add_detr_family_config
-assert not hasattr(detr_family, "nothing") and "modeling" in dir(detr_family)
+assert not hasattr(detr_family, "nothing") and not hasattr(detr_family, "layers.fused")
+assert "modeling" in dir(detr_family)
 """
 _WAITS = 'import detr_family; assert not {"torch", "detectron2"} & set(sys.modules)'
+_THREADS = """
+import detr_family, importlib, torchvision
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor() as pool:
+    list(pool.map(importlib.import_module, ["detectron2.modeling", "detr_family.modeling"]))
+"""
 
 
 @pytest.mark.parametrize(
@@ -89,6 +95,7 @@ _WAITS = 'import detr_family; assert not {"torch", "detectron2"} & set(sys.modul
         _WAITS + "; from detectron2.modeling.backbone import build_backbone",
         "import detectron2.modeling, detr_family",
         "import detr_family.modeling",
+        _THREADS,
     ],
 )
 def test_importing_the_package_registers_its_detectors(first: str) -> None:
@@ -101,12 +108,13 @@ def test_importing_the_package_registers_its_detectors(first: str) -> None:
 def test_they_are_registered_at_a_later_try_where_detectron2_could_not_be_loaded() -> None:
     code = """
 import sys, detr_family
-sys.modules["detectron2.modeling.meta_arch"] = None
-try:
-    import detectron2.modeling
-    raise AssertionError("it was loaded")
-except ImportError:
-    del sys.modules["detectron2.modeling.meta_arch"]
+for name in ("detectron2.modeling.meta_arch", "detr_family.modeling.dino"):
+    sys.modules[name] = None
+    try:
+        import detectron2.modeling
+        raise AssertionError("it was loaded")
+    except ImportError:
+        del sys.modules[name]
 from detectron2.modeling import META_ARCH_REGISTRY
 assert "DINO" in META_ARCH_REGISTRY
 """

@@ -104,11 +104,15 @@ def explanation(error: BaseException, folder: str) -> UserError | None:
 
 def _worker_behind(error: BaseException) -> re.Match[str] | None:
     """What torch told of a worker's end, where it cut into something whose own clean-up then failed, as a save's."""
-    while (earlier := error.__cause__ or error.__context__) is not None:
-        error = earlier
-        if isinstance(error, RuntimeError) and (worker := _WORKER.search(str(error))):
+    seen = {id(error)}
+    while True:
+        earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if earlier is None or id(earlier) in seen or isinstance(earlier, UserError):  # that was told
+            return None
+        if isinstance(earlier, RuntimeError) and (worker := _WORKER.search(str(earlier))):
             return worker
-    return None
+        seen.add(id(earlier))
+        error = earlier
 
 
 def _handed_over(error: BaseException) -> bool:

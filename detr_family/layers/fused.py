@@ -286,7 +286,8 @@ def drop_(x: Tensor, p: float) -> Tensor:
         x.
     """
     kept = _kept(p)
-    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    drawn = numbers.random_(-(2**63), None).view(torch.int16)
     threshold = kept - _STEPS // 2 - 1  # of 16 bits with a sign
     return x.mul_((drawn[: x.numel()] <= threshold).view_as(x)).mul_(_STEPS / kept)
 
@@ -316,7 +317,7 @@ class _FeedForward(torch.autograd.Function):
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         packed1, packed2 = (_packed(weight.t(), len(rows) > 2 * ctx.at_once) for weight in (weight1, weight2))
         grad1 = weight1.new_zeros(weight1.shape[::-1]) if wants_weight1 else None  # transposed: MKL is faster so
-        grad2 = torch.zeros_like(weight2) if wants_weight2 else None
+        grad2 = weight2.new_zeros(weight2.shape) if wants_weight2 else None
         bias1 = weight1.new_zeros(len(weight1)) if wants_bias1 else None
         results = []
         for part, grad_part, h in zip(rows.split(ctx.at_once), grad_rows.split(ctx.at_once), hidden, strict=True):

@@ -34,7 +34,7 @@ def add(sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """sums += a^T b; no autograd.
 
     Args:
-        sums: (M, N), contiguous. The library is fastest where N is the larger.
+        sums: (M, N). The library takes contiguous ones, and is fastest where N is the larger.
         a: (K, M).
         b: (K, N).
 
@@ -54,6 +54,7 @@ def _pays(sums: Tensor, a: Tensor, b: Tensor) -> bool:
         and torch.backends.cpu.get_cpu_capability() == "AVX512"  # with others it was not measured
         and sums.device.type == "cpu"
         and sums.dtype == a.dtype == b.dtype == torch.float32
+        and sums.is_contiguous()
         and high % _HIGH == 0
         and wide % _WIDE == 0
         and wide >= _LEAST_WIDTH

@@ -43,6 +43,7 @@ def filters(weight: Tensor, backwards: bool) -> Tensor:
     return (both @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36, *weight.shape[:2])
 
 
+@torch.autocast("cpu", enabled=False)
 def weight(filters: Tensor) -> Tensor:
     """(O, I, 3, 3) of `filters` (36, I, O), which were transformed forwards."""
     back = torch.tensor(np.linalg.pinv(_FILTER), dtype=torch.float32)

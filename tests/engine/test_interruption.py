@@ -91,6 +91,22 @@ def test_the_end_of_a_worker_is_told_where_it_cuts_into_a_save(tmp_path: Path) -
         raise caught.value
 
 
+def test_what_comes_after_the_end_of_a_worker_is_not_told_as_it(tmp_path: Path) -> None:
+    lost = RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
+    told = explanation(lost, str(tmp_path))
+    assert told is not None
+    told.__context__ = lost
+    for way in ("told", "hidden", "circle"):
+        error, other = RuntimeError("of another kind"), ValueError()
+        if way == "told":
+            error.__context__ = told
+        elif way == "hidden":
+            error.__context__, error.__suppress_context__ = lost, True
+        else:
+            error.__cause__, other.__cause__ = other, error
+        assert explanation(error, str(tmp_path)) is None
+
+
 def test_the_end_of_a_worker_is_told_once_also_where_its_signal_comes_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

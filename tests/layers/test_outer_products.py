@@ -43,10 +43,11 @@ def test_equals_the_product(size: tuple[int, int, int], missing: str, monkeypatc
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6 * size[0] ** 0.5 * 5)
 
 
-def test_what_is_not_contiguous() -> None:
-    sums, a, b = problem(30, 8, 32)
-    expected = sums + a.t() @ b
-    found = outer_products.add(sums, a.t().contiguous().t(), b.t().contiguous().t())
+@pytest.mark.parametrize("which", [(False, True, True), (True, False, False)])
+def test_what_is_not_contiguous(which: tuple[bool, ...]) -> None:
+    tensors = problem(30, 8, 32)
+    expected = tensors[0] + tensors[1].t() @ tensors[2]
+    found = outer_products.add(*(x.t().contiguous().t() if turn else x for x, turn in zip(tensors, which, strict=True)))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
