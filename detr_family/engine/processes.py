@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +24,14 @@ import torch.distributed as dist
 from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
-from torch.multiprocessing.spawn import ProcessException
+from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
 from detr_family.config.options import OptionsParser
-from detr_family.engine.interruption import STATUS, ProcessLostError
+from detr_family.engine.interruption import STATUS, ProcessLostError, explanation
 from detr_family.errors import UserError, message_of
 
 _LOST = "-lost"  # ends the name of a message of a process that ended because another one had
+_BUG = "-bug"  # ends that of a traceback of a process that ended for no other's sake; its id stands before that
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -137,16 +139,22 @@ def _leave_several(error: ProcessException, messages: Sequence[Path], going_on: 
     status, name = getattr(error, "exit_code", 1), getattr(error, "signal_name", None)
     if status == STATUS or name == "SIGTERM":
         sys.exit(STATUS)
-    causes = [path for path in messages if not path.name.endswith(_LOST)]
+    causes = [path for path in messages if not path.name.endswith((_LOST, _BUG))]
+    bugs = [path for path in messages if path.name.endswith(_BUG)]
+    lost = [path for path in messages if path.name.endswith(_LOST)]
     if causes:
         _leave(causes[0].read_text(encoding="utf-8"))
+    if bugs and name != "SIGKILL":  # a connection that a bug has closed may end its process before that of the bug
+        rank, pid = bugs[0].name.removesuffix(_BUG).split("-")
+        told = bugs[0].read_text(encoding="utf-8")
+        raise ProcessRaisedException(f"\n\n-- Process {int(rank)} has:\n{told}", int(rank), int(pid)) from error
     if name is not None:
         _leave(
             f"process {error.error_index} of this run (process id {error.error_pid}) was ended by {name}, and the "
             f"others with it. SIGKILL is what the system sends where memory runs out. {going_on}"
         )
-    if messages:
-        _leave(messages[0].read_text(encoding="utf-8"))
+    if lost:
+        _leave(lost[0].read_text(encoding="utf-8"))
     raise error
 
 
@@ -198,18 +206,24 @@ def run_and_leave(main: Callable[..., Any], *args: Any) -> None:
 
 
 def _main_of_several(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, folder: str) -> None:
-    """What Detectron2's launcher runs in each process; a UserError's message goes into a file in `folder`."""
+    """What Detectron2's launcher runs in each process; a message or traceback of it goes into a file in `folder`."""
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     logging.raiseExceptions = False
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    rank = comm.get_rank()  # afterwards the connections may be closed
     try:
         run_and_leave(main, args)
     except UserError as error:
         lost = _LOST if type(error) is ProcessLostError else ""
-        Path(folder, f"{comm.get_rank():06d}{lost}").write_text(message_of(error), encoding="utf-8")
+        Path(folder, f"{rank:06d}{lost}").write_text(message_of(error), encoding="utf-8")
         _end(2)
     except SystemExit as error:
         _end(error.code if isinstance(error.code, int) else 1)
+    except Exception as error:
+        if not isinstance(explanation(error, ""), ProcessLostError):
+            path = Path(folder, f"{rank:06d}-{os.getpid()}{_BUG}")
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+        raise
 
 
 def _end(status: int) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import create_ddp_model, launch
 from detectron2.utils import comm
@@ -129,6 +132,23 @@ def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(
     with pytest.raises(Exception, match="expected 3 channels") as bug:
         processes.launch(fail, parser.parse_args([*flags, "bug"]))
     assert count == 1 or "in fail" in str(bug.value)
+
+
+def fail_late(args: argparse.Namespace) -> None:
+    """As `fail`, and the process takes a while to end, as the others do not."""
+    if comm.get_rank() == comm.get_world_size() - 1:
+        atexit.register(time.sleep, 5)
+        dist.destroy_process_group()  # what its end does to the others, before it
+        raise ValueError("expected 3 channels")
+    comm.synchronize()
+
+
+@pytest.mark.slow
+def test_a_bug_is_told_though_another_process_ends_before_its_own() -> None:
+    flags = ["--num-gpus", "2", "--dist-url", "auto"]
+    with pytest.raises(Exception, match=r"(?s)in fail_late.*expected 3 channels") as bug:
+        processes.launch(fail_late, processes.argument_parser().parse_args(flags))
+    assert bug.value.error_index == 1
 
 
 def local_groups_of_release_0_6() -> None:
