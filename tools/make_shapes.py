@@ -11,7 +11,9 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--train", type=int, default=1000, help="images to train on")
     parser.add_argument("--val", type=int, default=200, help="images to evaluate on")
-    parser.add_argument("--size", type=int, nargs=2, default=(96, 112), help="least and greatest side in pixels")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(96, 112), help="least and greatest side in pixels"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:

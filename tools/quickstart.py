@@ -11,7 +11,9 @@ def main() -> None:
     """Parses the command line, runs the quickstart and names what it left."""
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("output/quickstart"), help="folder for everything")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/quickstart"), help="folder for everything"
+    )
     parser.add_argument("--config-file", type=Path, default=root / "configs" / "dino_quickstart.yaml")
     parser.add_argument("--device", help="cpu, cuda ...; by default a GPU where there is one")
     args = parser.parse_args()

@@ -316,7 +316,7 @@ class _FeedForward(torch.autograd.Function):
         wants_x, wants_weight1, wants_bias1, wants_weight2, wants_bias2, _ = ctx.needs_input_grad
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         packed1, packed2 = (_packed(weight.t(), len(rows) > 2 * ctx.at_once) for weight in (weight1, weight2))
-        grad1 = weight1.new_zeros(weight1.shape[::-1]) if wants_weight1 else None  # transposed: MKL is faster so
+        grad1 = weight1.new_zeros(weight1.shape[::-1]) if wants_weight1 else None  # transposed, which is faster
         grad2 = weight2.new_zeros(weight2.shape) if wants_weight2 else None
         bias1 = weight1.new_zeros(len(weight1)) if wants_bias1 else None
         results = []

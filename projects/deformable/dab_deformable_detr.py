@@ -256,7 +256,9 @@ class DABDeformableDecoder(nn.Module):
             position = self.ref_point_head(encoding.to(dtype))
             if i > 0:
                 position = position * self.query_scale(content)
-            content = layer(content, memory, position=position, reference=reference, levels=levels, blocked=blocked)
+            content = layer(
+                content, memory, position=position, reference=reference, levels=levels, blocked=blocked
+            )
             outputs.append(content)
             if i + 1 < len(self.layers):
                 anchor = (self.bbox_embed[i](content).float() + starts[-1]).sigmoid().detach()

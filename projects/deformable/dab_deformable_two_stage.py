@@ -151,7 +151,9 @@ class TwoStageDABDeformableTransformer(DABDeformableTransformer):
         memory = self.encoder(tokens, position=position, levels=levels)
         features, anchors = self.propose(memory, levels)
         proposals = SetPrediction(self.decoder.class_embed[-1](features)[None], anchors.sigmoid()[None])
-        decoded, start = self.decoder(features.detach(), memory, anchors=anchors.detach(), levels=levels, blocked=None)
+        decoded, start = self.decoder(
+            features.detach(), memory, anchors=anchors.detach(), levels=levels, blocked=None
+        )
         return decoded, start, proposals
 
     def propose(self, memory: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:

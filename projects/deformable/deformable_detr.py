@@ -194,7 +194,9 @@ def level_arguments(cfg: CfgNode) -> dict[str, int]:
 def level_projections(backbone: Backbone, transformer: Any, *, ignore_padding: bool) -> LevelProjections:
     """From all of the backbone's feature maps to the transformer's levels and width."""
     channels = [shape.channels for shape in backbone.output_shape().values()]
-    return LevelProjections(channels, transformer.dim, transformer.num_levels, ignore_padding=ignore_padding)
+    return LevelProjections(
+        channels, transformer.dim, transformer.num_levels, ignore_padding=ignore_padding
+    )
 
 
 def prediction_heads(
@@ -312,7 +314,9 @@ class DeformableTransformer(nn.Module):
         position, content = queries.expand(batch, -1, -1).chunk(2, -1)
         return content, position, self.reference_points(position).float().sigmoid()
 
-    def propose(self, memory: Tensor, levels: Levels, num_queries: int) -> tuple[Tensor, Tensor, Tensor, SetPrediction]:
+    def propose(
+        self, memory: Tensor, levels: Levels, num_queries: int
+    ) -> tuple[Tensor, Tensor, Tensor, SetPrediction]:
         """Where the decoder starts from with proposals: the boxes that most likely hold an object (appendix A.4).
 
         What may not propose (padding, the image's very edge) counts no more than the least likely token that

@@ -158,7 +158,6 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         torch.manual_seed(3)
-        # What is dropped is compared, too: both draw the same.
         return feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
 
 
@@ -167,6 +166,7 @@ class Network(nn.Module):
 def test_feed_forward_equals_plain_one(p: float, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_LEAST", 0)
     monkeypatch.setattr(fused, "_CHUNK", 4 * 24 * 10)  # at least 64 rows a piece: here 64, 64 and 22
+    # What is dropped is compared, too: both draw the same.
     monkeypatch.setattr(F, "dropout", lambda x, p, training=True, inplace=False: x * drop_(torch.ones_like(x), p))
     network = Network(p, nn.ReLU()).train()
     for name, parameter in network.named_parameters():
